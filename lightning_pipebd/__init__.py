@@ -1,0 +1,22 @@
+"""Pipelined blockwise distillation for PyTorch Lightning: ``Trainer(strategy="pipebd", devices=4)``."""
+
+from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.planning.plan import Plan, PlanError
+from lightning_pipebd.planning.plan_text import format_plan, parse_plan
+from lightning_pipebd.plans import load_plan, save_plan
+from lightning_pipebd.runtime.partition import CallableBlock, PartitionError
+from lightning_pipebd.strategy import PipeBDStrategy
+
+__all__ = [
+    "BlockwiseDistillationModule",
+    "CallableBlock",
+    "PartitionError",
+    "PipeBDStrategy",
+    "Plan",
+    "PlanError",
+    "format_plan",
+    "load_plan",
+    "parse_plan",
+    "save_plan",
+]
+__version__ = "0.1.0"

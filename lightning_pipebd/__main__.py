@@ -1,0 +1,8 @@
+"""``python -m lightning_pipebd``: the command line."""
+
+from lightning_pipebd.cli import main
+
+__all__: list[str] = []
+
+if __name__ == "__main__":
+    main()

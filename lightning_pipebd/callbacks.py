@@ -1,0 +1,140 @@
+"""What the strategy adds to the trainer: the losses of all ranks' blocks, under the same keys for every plan."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_pipebd.lightning_internals import is_logging_step, logging_step
+from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
+from lightning_pipebd.runtime.transport import Lane, Message, Transport
+
+__all__ = ["BlockMetrics"]
+
+
+class BlockMetrics(Callback):
+    """Bring every block's loss to the logger and the progress bar of rank 0, and its epoch mean to every rank.
+
+    Between epochs nothing waits: a rank posts its losses when a logging step is due, and rank 0 writes the row of a
+    step when all its parts have arrived. The means are exchanged once an epoch.
+
+    Args:
+        transport: Carries the losses.
+        contributors: Ranks that learn a block.
+    """
+
+    def __init__(self, transport: Transport, contributors: frozenset[int]) -> None:
+        self._transport = transport
+        self._contributors = contributors
+        is_zero = transport.rank == 0
+        others = sorted(contributors - {0})
+        self._mailboxes = {peer: Mailbox(transport, peer, Lane.METRICS) for peer in others} if is_zero else {}
+        self._outbox = Outbox(transport, [0], Lane.METRICS) if transport.rank in others else None
+        self._rows: dict[int, dict[int, dict[int, float]]] = defaultdict(dict)  # step -> rank -> block -> loss
+        self._epochs: dict[int, int] = {}
+        self._sums: dict[int, Tensor] = {}
+        self._num_rows = 0
+        self._num_posted = 0
+        self._num_received: dict[int, int] = defaultdict(int)
+        self._latest: dict[int, Tensor] = {}
+
+    def record(self, losses: dict[int, Tensor], num_rows: int) -> None:
+        """Take in this rank's parts of the block losses of a batch; reads no value from the device."""
+        self._latest = losses
+        self._num_rows += num_rows
+        for block, loss in losses.items():
+            weighted = loss.double() * num_rows
+            self._sums[block] = self._sums[block] + weighted if block in self._sums else weighted
+
+    def close(self) -> None:
+        """End the exchange; every rank must call it after the same step."""
+        if self._outbox is not None:
+            self._outbox.close()
+        for mailbox in self._mailboxes.values():
+            mailbox.close()
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,  # noqa: ANN401 - Lightning's signature
+        batch: Any,  # noqa: ANN401
+        batch_idx: int,
+    ) -> None:
+        """Post or write the block losses if Lightning logs at this step."""
+        if isinstance(outputs, dict) and self._latest:
+            # The closure's own loss is a stand-in: the real ones exist only after the program has run.
+            outputs["loss"] = torch.stack(list(self._latest.values())).sum()
+        if is_logging_step(trainer):
+            step = logging_step(trainer)
+            if self._transport.rank == 0:
+                self._note(0, step, {block: loss.item() for block, loss in self._latest.items()}, trainer)
+            elif self._outbox is not None:
+                self._post(step)
+        for peer, mailbox in self._mailboxes.items():
+            for message in mailbox.drain():
+                self._take(peer, message, trainer)
+        self._write(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """**Collective** over all ranks: log every block's mean over the epoch on every rank."""
+        mine = ({block: total.item() for block, total in self._sums.items()}, self._num_rows, self._num_posted)
+        everyone = self._transport.all_gather_object(mine)
+        for peer, mailbox in self._mailboxes.items():
+            while self._num_received[peer] < everyone[peer][2]:
+                self._take(peer, mailbox.get(), trainer)
+        self._write(trainer, None)
+        self._rows.clear()
+        assert isinstance(pl_module, BlockwiseDistillationModule)
+        if self._num_rows:
+            totals: dict[int, float] = defaultdict(float)
+            for sums, _, _ in everyone:
+                for block, total in sums.items():
+                    totals[block] += total
+            means = {pl_module.block_key(block): total / self._num_rows for block, total in sorted(totals.items())}
+            means["train/loss"] = sum(means.values())
+            pl_module.log_dict({f"{key}_epoch": value for key, value in means.items()})
+        self._sums, self._num_rows = {}, 0
+
+    def _post(self, step: int) -> None:
+        assert self._outbox is not None
+        blocks = torch.tensor(list(self._latest), dtype=torch.int64)
+        losses = torch.tensor([loss.item() for loss in self._latest.values()], dtype=torch.float64)
+        self._outbox.post(Message((step, 0, 0, 0), (blocks, losses)))
+        self._num_posted += 1
+
+    def _take(self, peer: int, message: Message, trainer: Trainer) -> None:
+        self._num_received[peer] += 1
+        blocks, losses = message.tree
+        self._note(peer, message.fields[0], dict(zip(blocks.tolist(), losses.tolist(), strict=True)), trainer)
+
+    def _note(self, rank: int, step: int, losses: dict[int, float], trainer: Trainer) -> None:
+        self._rows[step][rank] = losses
+        self._epochs.setdefault(step, trainer.current_epoch)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule | None) -> None:
+        complete = [step for step, parts in self._rows.items() if self._contributors <= parts.keys()]
+        values: dict[str, float] = {}
+        for step in sorted(complete):
+            values = self._merge(trainer.lightning_module, self._rows.pop(step))
+            epoch = self._epochs.pop(step)
+            for logger in trainer.loggers:
+                logger.log_metrics({**values, "epoch": epoch}, step=step)
+        if values and pl_module is not None:
+            pl_module.log_dict(
+                values, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1, rank_zero_only=True
+            )
+
+    @staticmethod
+    def _merge(module: Any, parts: dict[int, dict[int, float]]) -> dict[str, float]:  # noqa: ANN401
+        losses: dict[int, float] = defaultdict(float)
+        for part in parts.values():
+            for block, loss in part.items():
+                losses[block] += loss
+        values = {module.block_key(block): loss for block, loss in sorted(losses.items())}
+        return {**values, "train/loss": sum(losses.values())}

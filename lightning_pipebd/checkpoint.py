@@ -1,0 +1,160 @@
+"""State that is spread over ranks, and the one ordinary Lightning checkpoint that it makes up.
+
+Every rank learns some blocks, keeps the optimizer state of these alone, and holds stale copies of the others. A
+checkpoint has the layout that plain Lightning writes on one device: the plan leaves no trace in it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_pipebd.runtime.transport import Lane, Message, Transport
+
+__all__ = ["PrunedOptimizer", "hand_over", "synchronise"]
+
+
+class PrunedOptimizer:
+    """The user's optimizer, reduced to the parameters of this rank; knows the layout that it had.
+
+    Empty groups are kept: group numbers, and with them learning-rate schedules, stay those of one device.
+
+    Args:
+        optimizer: Made by the user over all parameters; its groups shrink.
+        is_local: Whether this rank updates a parameter.
+        is_owned: Whether this rank's state of a parameter goes into checkpoints; true on exactly one rank.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        is_local: Callable[[nn.Parameter], bool],
+        is_owned: Callable[[nn.Parameter], bool],
+    ) -> None:
+        self.optimizer = optimizer
+        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._local: list[int] = []
+        self._owned: set[int] = set()
+        number = 0
+        for group in optimizer.param_groups:
+            kept = []
+            for parameter in group["params"]:
+                if is_local(parameter):
+                    self._local.append(number)
+                    kept.append(parameter)
+                else:
+                    optimizer.state.pop(parameter, None)
+                if is_owned(parameter):
+                    self._owned.add(number)
+                number += 1
+            group["params"] = kept
+
+    def state(self, transport: Transport) -> dict[str, Any]:
+        """**Collective** over all ranks: give the state in the layout of one device; complete on rank 0 only."""
+        local = self.optimizer.state_dict()
+        own = {self._local[index]: state for index, state in local["state"].items()}
+        own = {number: state for number, state in own.items() if number in self._owned}
+        if transport.rank:
+            transport.send(Message((0, 0, 0, 0), own), 0, Lane.STATE).wait()
+        else:
+            for peer in range(1, transport.num_ranks):
+                own |= transport.recv(peer, Lane.STATE).tree
+        numbers = iter(range(sum(self._group_sizes)))
+        groups = [
+            {**group, "params": [next(numbers) for _ in range(size)]}
+            for group, size in zip(local["param_groups"], self._group_sizes, strict=True)
+        ]
+        return {"state": dict(sorted(own.items())), "param_groups": groups}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take this rank's part of a state in the layout of one device.
+
+        Raises:
+            ValueError: The state has other groups than the optimizer.
+        """
+        sizes = [len(group["params"]) for group in state["param_groups"]]
+        if sizes != self._group_sizes:
+            msg = (
+                f"`optimizer_states` must have parameter groups of {self._group_sizes} parameters, but the checkpoint "
+                f"has {sizes}. Resume with the `configure_optimizers` that the checkpoint was written with."
+            )
+            raise ValueError(msg)
+        local = {number: index for index, number in enumerate(self._local)}
+        groups = [
+            {**group, "params": [local[number] for number in group["params"] if number in local]}
+            for group in state["param_groups"]
+        ]
+        own = {local[number]: entry for number, entry in state["state"].items() if number in local}
+        self.optimizer.load_state_dict({"state": own, "param_groups": groups})
+
+
+def hand_over(transport: Transport, tensors_and_owners: Iterable[tuple[Sequence[Tensor], int]]) -> None:
+    """**Collective** over all ranks: overwrite every rank's tensors with their owner's.
+
+    Args:
+        transport: Reaches the other ranks.
+        tensors_and_owners: Groups of tensors and the rank whose values count, the same on all ranks.
+    """
+    with torch.no_grad():
+        for tensors, owner in tensors_and_owners:
+            for same_type in _by_dtype(tensors):
+                flat = torch.cat([tensor.detach().reshape(-1).cpu() for tensor in same_type])
+                transport.broadcast(flat, owner)
+                if transport.rank != owner:
+                    parts = flat.split([tensor.numel() for tensor in same_type])
+                    for tensor, part in zip(same_type, parts, strict=True):
+                        tensor.copy_(part.view_as(tensor))
+
+
+def synchronise(transport: Transport, tensors: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """**Collective** over all ranks: where tensors differ between ranks, take rank 0's.
+
+    Processes that were not seeded alike build other weights. Fingerprints are compared first, so that a large teacher
+    that every rank read from one file is not sent.
+
+    Args:
+        transport: Reaches the other ranks.
+        tensors: Names and tensors, in the same order on all ranks.
+
+    Returns:
+        Names of the tensors that differed.
+
+    Raises:
+        RuntimeError: The ranks' tensors have other names, shapes or types.
+    """
+    mine = [(name, tuple(tensor.shape), str(tensor.dtype), _fingerprint(tensor)) for name, tensor in tensors]
+    everyone = transport.all_gather_object(mine)
+    for rank, theirs in enumerate(everyone):
+        if [entry[:3] for entry in theirs] != [entry[:3] for entry in everyone[0]]:
+            odd = sorted({entry[:3] for entry in theirs} ^ {entry[:3] for entry in everyone[0]})[:3]
+            msg = f"every rank must build the same models, but rank {rank} differs from rank 0 in {odd}"
+            raise RuntimeError(msg)
+    different = [
+        index for index in range(len(tensors)) if any(theirs[index] != everyone[0][index] for theirs in everyone)
+    ]
+    hand_over(transport, [([tensors[index][1] for index in different], 0)] if different else [])
+    return [tensors[index][0] for index in different]
+
+
+def _fingerprint(tensor: Tensor) -> bytes:
+    if tensor.numel() == 0 or tensor.is_meta:
+        return b""
+    flat = tensor.detach().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    # Two sums, one weighted by position: equal for equal tensors, and a permutation shows.
+    weights = torch.arange(1, 1 + min(flat.numel(), 4096), device=flat.device, dtype=torch.float64)
+    values = flat.double()
+    return struct.pack("dd", values.sum().item(), (values[: len(weights)] * weights).sum().item())
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())

@@ -1,0 +1,306 @@
+"""The module: a teacher, a student and a block map, trained block by block under any strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
+from lightning_pipebd.lightning_internals import StagedBatchModule
+from lightning_pipebd.losses import BLOCK_LOSSES
+from lightning_pipebd.runtime.partition import call_block
+from lightning_pipebd.runtime.random_streams import random_stream, stream_key
+from lightning_pipebd.runtime.row_trees import count_rows
+
+__all__ = ["BlockwiseDistillationModule"]
+
+_SEED_KEY = "block_random_seed"
+
+
+class BlockwiseDistillationModule(StagedBatchModule):
+    """Train every block of a student to imitate its block of a teacher, from the teacher's own activations.
+
+    .. code-block:: python
+
+        class Compress(BlockwiseDistillationModule):
+            def __init__(self, lr: float = 1e-3):
+                super().__init__(teacher=..., student=..., block_map={"features.4": "features.2", "fc": "fc"})
+
+            def configure_optimizers(self):
+                return torch.optim.AdamW(self.trainable_parameters(), lr=self.hparams.lr)
+
+    Block *i* of the student reads the teacher's boundary *i* and imitates boundary *i + 1*. Blocks share no gradient,
+    so they may be trained on different devices, at different times, with the same result: ``Trainer()`` trains them on
+    one device, ``Trainer(strategy="pipebd", devices=4)`` on four.
+
+    The teacher is frozen and in ``eval()``, whatever the trainer does. It is no submodule: it is neither in
+    ``parameters()`` nor in checkpoints, and follows the module from device to device.
+
+    Args:
+        teacher: The model to imitate; used as it is.
+        student: The model to train; its parameters keep their names.
+        block_map: Ordered pairs *teacher module path -> student module path*: after these two modules the activations
+            shall match. A block ends with its module and begins where the previous one ended.
+        teacher_blocks: Instead of ``block_map``, for models that cannot be cut by paths: the teacher's blocks in order,
+            modules or callables. A block gets the boundary (the elements of a tuple as arguments, those of a dict as
+            keyword arguments) and returns the next one, any tree of tensors.
+        student_blocks: As many blocks of the student, made of modules of ``student``.
+        adapters: Per student path (or block index), a module that maps the student block's output to the teacher's
+            shape, where they differ. It is trained with the block and is no part of the student.
+        input_adapters: Per student path (or block index), a module that maps the teacher's boundary to what this
+            student block takes, where they differ. Trained with the block, no part of the student.
+        target_blocks: Student paths (or block indices) whose loss wants the labels of the batch.
+        block_losses: Per student path (or block index), ``"mse"``, ``"soft_cross_entropy"``, ``"kl"`` or a function
+            of the student's and the teacher's output. Blocks not named use the mean squared error. A loss must be a
+            mean over rows.
+        example_input: An input of the teacher, of any batch size, to check all shapes with; without it they are
+            checked when the first batch arrives (or, under ``strategy="pipebd"``, with ``example_input_array``).
+
+    Attributes:
+        student: The student, whole.
+        adapters: The adapters, keyed ``"output_<block>"`` and ``"input_<block>"``.
+
+    Raises:
+        PartitionError: The block map does not fit the models; the message names the path and the way out.
+        ValueError: Blocks, adapters or losses are named that do not exist.
+    """
+
+    student: nn.Module
+    adapters: nn.ModuleDict
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        block_map: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
+        *,
+        teacher_blocks: Sequence[nn.Module | Callable[..., Any]] | None = None,
+        student_blocks: Sequence[nn.Module | Callable[..., Any]] | None = None,
+        adapters: Mapping[str | int, nn.Module] | None = None,
+        input_adapters: Mapping[str | int, nn.Module] | None = None,
+        target_blocks: Sequence[str | int] = (),
+        block_losses: Mapping[str | int, str | Callable[[Any, Any], Tensor]] | None = None,
+        example_input: Any = None,  # noqa: ANN401 - any tree of tensors
+    ) -> None:
+        super().__init__()
+        # Past nn.Module's bookkeeping on purpose: a frozen teacher must not reach checkpoints, optimizers or train().
+        object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
+        self.student = student
+        self.block_pairs: BlockPairs = pair_blocks(teacher, student, block_map, teacher_blocks, student_blocks)
+        pairs = self.block_pairs
+        outputs = pairs.resolve_keys(adapters or {}, "adapters")
+        inputs = pairs.resolve_keys(input_adapters or {}, "input_adapters")
+        self.adapters = nn.ModuleDict(
+            {f"output_{block}": adapter for block, adapter in outputs.items()}
+            | {f"input_{block}": adapter for block, adapter in inputs.items()}
+        )
+        self.target_blocks = frozenset(pairs.resolve_keys(dict.fromkeys(target_blocks), "target_blocks"))
+        self._losses = {
+            block: _resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
+        }
+        self._modifies_input: dict[tuple[str, int], bool] = {}
+        self._random_seed: int | None = None
+        if example_input is not None:
+            self.check_shapes(example_input)
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.block_pairs.names)
+
+    def block_key(self, block: int, what: str = "loss") -> str:
+        """Give the key under which a block's metric is logged, the same for every plan.
+
+        Example:
+            ``train/block/03/loss``
+        """
+        return f"train/block/{block:0{max(2, len(str(self.num_blocks - 1)))}d}/{what}"
+
+    def check_shapes(self, example_input: Any) -> None:  # noqa: ANN401 - any tree of tensors
+        """Raise where a student block's output does not have the teacher's shape; trains and changes nothing.
+
+        Args:
+            example_input: An input of the teacher, of any batch size.
+
+        Raises:
+            PartitionError: Names the boundary, both shapes and the way out.
+        """
+        self.block_pairs.check_shapes(example_input, self.adapters)
+
+    def block_parameters(self, block: int) -> list[nn.Parameter]:
+        """Give the parameters that a block trains: those of its student block, then those of its adapters."""
+        own = list(self.block_pairs.student_parameters[block])
+        for side in ("input", "output"):
+            if f"{side}_{block}" in self.adapters:
+                own += self.adapters[f"{side}_{block}"].parameters()
+        return own
+
+    def block_buffers(self, block: int) -> list[Tensor]:
+        """Give the buffers of a student block and its adapters, for example running statistics."""
+        own = [self.student.get_buffer(name) for name in self.block_pairs.student.buffer_names[block]]
+        for side in ("input", "output"):
+            if f"{side}_{block}" in self.adapters:
+                own += self.adapters[f"{side}_{block}"].buffers()
+        return own
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Give what an optimizer should train: the student's and the adapters' parameters that want a gradient."""
+        both = [*self.student.parameters(), *self.adapters.parameters()]
+        return [parameter for parameter in both if parameter.requires_grad]
+
+    # What users override.
+
+    def unpack_batch(self, batch: Any) -> tuple[Any, Any]:  # noqa: ANN401
+        """Divide a batch into the teacher's input and the labels.
+
+        A pair is ``(inputs, labels)``; anything else is all input. Override for other batches.
+        """
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:  # noqa: PLR2004 - a pair
+            return batch[0], batch[1]
+        if isinstance(batch, (tuple, list)) and len(batch) == 1:
+            return batch[0], None
+        return batch, None
+
+    def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:  # noqa: ANN401
+        """Say how far a student block is from its teacher block: a mean over rows.
+
+        Args:
+            block: Index of the block.
+            student_output: What the student block (and its adapter) made of the teacher's boundary.
+            teacher_output: The teacher's next boundary, without gradient.
+            targets: Labels of the batch for blocks named in ``target_blocks``, else ``None``.
+        """
+        return self._losses.get(block, BLOCK_LOSSES["mse"])(student_output, teacher_output)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Run the whole student."""
+        return self.student(*args, **kwargs)
+
+    # What a strategy calls, and `training_step` below.
+
+    def teach(self, block: int, boundary: Any) -> Any:  # noqa: ANN401
+        """Give the teacher's boundary ``block + 1``; ``boundary`` stays unchanged."""
+        with torch.no_grad():
+            return self._call("teacher", block, boundary)
+
+    def imitate(
+        self,
+        block: int,
+        boundary: Any,  # noqa: ANN401
+        teacher_output: Any,  # noqa: ANN401
+        targets: Any,  # noqa: ANN401
+        *,
+        batch_idx: int,
+        first_row: int = 0,
+    ) -> Tensor:
+        """Give the loss of a student block, drawing from the block's own random stream.
+
+        Args:
+            block: Index of the block.
+            boundary: The teacher's boundary ``block``; stays unchanged.
+            teacher_output: The teacher's boundary ``block + 1``.
+            targets: Labels of the same rows; handed on to blocks that want them.
+            batch_idx: Index of the batch in the epoch.
+            first_row: Row of the batch at which the boundary starts; every part draws other numbers.
+        """
+        coordinates = (self.trainer.current_epoch, batch_idx, block, first_row)
+        with random_stream(stream_key(self.random_seed, *coordinates), self.device):
+            if f"input_{block}" in self.adapters:
+                boundary = self.adapters[f"input_{block}"](boundary)
+            output = self._call("student", block, boundary)
+            if f"output_{block}" in self.adapters:
+                output = self.adapters[f"output_{block}"](output)
+            wanted = targets if block in self.target_blocks else None
+            return self.block_loss(block, output, teacher_output, wanted)
+
+    @property
+    def random_seed(self) -> int:
+        """Seed of all blocks' random streams: that of the run, kept in checkpoints."""
+        if self._random_seed is None:
+            self._random_seed = torch.initial_seed()
+        return self._random_seed
+
+    @random_seed.setter
+    def random_seed(self, seed: int) -> None:
+        self._random_seed = seed
+
+    def _call(self, role: str, block: int, boundary: Any) -> Any:  # noqa: ANN401
+        # A block may begin with an in-place operation (ReLU(inplace=True) after a cut). Its input is also a target of
+        # the block before it and perhaps on its way to another rank, so such a block works on a copy.
+        partition = self.block_pairs.teacher if role == "teacher" else self.block_pairs.student
+        known = self._modifies_input.get((role, block))
+        given = boundary if known is False else pytree.tree_map_only(Tensor, torch.clone, boundary)
+        versions = [leaf._version for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]  # noqa: SLF001
+        output = call_block(partition.blocks[block], given)
+        after = [leaf._version for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]  # noqa: SLF001
+        if known is False and versions != after:
+            msg = f"{role} block {block} changed its input in place now, but did not do so on the first batch"
+            raise RuntimeError(msg)
+        if known is None:
+            self._modifies_input[role, block] = versions != after
+        return output
+
+    # Lightning's hooks: the reference, block after block in one process.
+
+    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:  # noqa: ANN401
+        """Train all blocks on one batch, in order; a strategy that knows plans does not call this."""
+        boundary, targets = self.unpack_batch(batch)
+        num_rows = count_rows(boundary)
+        losses: list[Tensor] = []
+        for block in range(self.num_blocks):
+            teacher_output = self.teach(block, boundary)
+            losses.append(self.imitate(block, boundary, teacher_output, targets, batch_idx=batch_idx))
+            boundary = teacher_output
+        total = sum(losses[1:], losses[0])
+        self._log_losses({block: loss.detach() for block, loss in enumerate(losses)}, total.detach(), num_rows)
+        return {"loss": total}
+
+    def _log_losses(self, losses: dict[int, Tensor], total: Tensor, num_rows: int) -> None:
+        values = {self.block_key(block): loss for block, loss in losses.items()} | {"train/loss": total}
+        self.log_dict(values, prog_bar=True, on_step=True, on_epoch=False, batch_size=num_rows)
+        means = {f"{key}_epoch": value for key, value in values.items()}
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=num_rows, sync_dist=True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip each block's gradients by themselves: no block's update depends on another block."""
+        if not gradient_clip_val:
+            return
+        for block in range(self.num_blocks):
+            parameters = self.block_parameters(block)
+            if str(gradient_clip_algorithm or "norm").lower().endswith("value"):
+                nn.utils.clip_grad_value_(parameters, gradient_clip_val)
+            else:
+                nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed of the random streams, so that a resumed run draws what the first would have drawn."""
+        checkpoint[_SEED_KEY] = self.random_seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the seed of the run that wrote the checkpoint."""
+        self._random_seed = checkpoint.get(_SEED_KEY, self._random_seed)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> BlockwiseDistillationModule:  # noqa: FBT001, FBT002 - nn.Module's signature
+        super()._apply(fn, recurse)
+        self.teacher._apply(fn, recurse)  # noqa: SLF001 - moves and converts the hidden teacher with the module
+        return self
+
+
+def _resolve_loss(loss: str | Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    if callable(loss):
+        return loss
+    if loss not in BLOCK_LOSSES:
+        msg = f"`block_losses` must name one of {', '.join(BLOCK_LOSSES)}, but names {loss!r}. Or give a function."
+        raise ValueError(msg)
+    return BLOCK_LOSSES[loss]

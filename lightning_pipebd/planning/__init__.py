@@ -1,0 +1,1 @@
+"""What shall be done: plans, programs and their laws, in plain numbers and the standard library only."""

@@ -1,0 +1,165 @@
+"""What can be known to be wrong before a second process exists: each with the reason and the way out."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.planning.explain import Exactness, exactness_of
+from lightning_pipebd.planning.plan import Plan
+
+__all__ = ["check_optimizers", "check_trainer", "require_module", "warn_of_statistics"]
+
+_STEP_KEYS = re.compile(r"train/loss|train/block/\d+/loss")
+_COUPLING_OPTIMIZERS = (torch.optim.LBFGS,)
+
+
+def require_module(module: LightningModule | None) -> BlockwiseDistillationModule:
+    """Give the module as ours.
+
+    Raises:
+        TypeError: It is another kind of module, or one that trains by itself.
+    """
+    if not isinstance(module, BlockwiseDistillationModule):
+        msg = (
+            f"`strategy='pipebd'` must train a BlockwiseDistillationModule, but got {type(module).__name__}. Subclass "
+            "lightning_pipebd.BlockwiseDistillationModule, or use another strategy."
+        )
+        raise TypeError(msg)
+    return module
+
+
+def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: Plan) -> None:
+    """Raise for settings that cannot work, warn of those that cost speed.
+
+    Raises:
+        TypeError: The module overrides ``training_step``.
+        ValueError: A setting or callback cannot work; the message says why and what to do instead.
+    """
+    if trainer.state.fn != TrainerFn.FITTING:
+        return
+    if type(module).training_step is not BlockwiseDistillationModule.training_step:
+        msg = (
+            f"`{type(module).__name__}` must leave `training_step` alone, because blocks learn at different times on "
+            "different ranks. Override `block_loss` or `unpack_batch`; log more in callbacks."
+        )
+        raise TypeError(msg)
+    if not module.automatic_optimization:
+        raise ValueError("`automatic_optimization` must be True: the plan decides when a block learns. Leave it on.")
+    for callback in trainer.callbacks:
+        _check_callback(callback)
+    _check_batch_norm(trainer, module, plan)
+    if module.example_input_array is not None:
+        module.check_shapes(module.example_input_array)
+
+
+def _check_callback(callback: object) -> None:
+    name = type(callback).__name__
+    if isinstance(callback, (StochasticWeightAveraging, *_weight_averaging())):
+        msg = f"`{name}` must see all weights after every step, but each rank updates its own blocks only. Average the checkpoints afterwards."
+        raise ValueError(msg)
+    if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+        msg = f"`{name}` must judge the whole training by one rank's loss, which holds some blocks only. Run it with `strategy='auto'`."
+        raise ValueError(msg)
+    if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
+        msg = f"`{name}` must not save after an exception: the other ranks' blocks are out of reach then. Use `every_n_train_steps`."
+        raise ValueError(msg)
+    monitor = getattr(callback, "monitor", None)
+    if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and monitor and _STEP_KEYS.fullmatch(monitor):
+        msg = f"`monitor` of {name} must be known on every rank, but {monitor!r} is a step's loss. Monitor {monitor + '_epoch'!r}."
+        raise ValueError(msg)
+    if getattr(callback, "_train_time_interval", None) is not None:
+        warnings.warn(
+            f"`{name}(train_time_interval=...)` makes all ranks wait for each other at every batch. "
+            "Use `every_n_train_steps`.",
+            stacklevel=2,
+        )
+    if isinstance(callback, Timer) and getattr(callback, "_interval", "step") == "step":
+        warnings.warn(
+            "`Timer(interval='step')` makes all ranks wait for each other at every batch. Use `interval='epoch'`.",
+            stacklevel=2,
+        )
+
+
+def _weight_averaging() -> tuple[type, ...]:
+    # Not in the oldest Lightning that we support.
+    import lightning.pytorch.callbacks as callbacks  # noqa: PLC0415, PLR0402
+
+    found = getattr(callbacks, "WeightAveraging", None)
+    return (found,) if found else ()
+
+
+def _check_batch_norm(trainer: Trainer, module: BlockwiseDistillationModule, plan: Plan) -> None:
+    split = [block for block in range(plan.num_blocks) if len(plan.student_ranks(block)) > 1]
+    traits = module.block_pairs.traits()
+    names = [traits[block].name for block in split if traits[block].has_batch_statistics]
+    strategy = trainer.strategy
+    if names and getattr(strategy, "layer_sync", False) and strategy.root_device.type == "cpu":
+        msg = (
+            f"`sync_batchnorm` must run on GPUs (torch has no synchronised BatchNorm for CPU), but blocks "
+            f"{', '.join(names)} are shared by ranks on CPU. Use a plan that keeps each of them on one rank."
+        )
+        raise ValueError(msg)
+
+
+def warn_of_statistics(plan: Plan, module: BlockwiseDistillationModule, *, is_synchronised: bool) -> None:
+    """Warn if a plan changes the mathematics of a block."""
+    traits = module.block_pairs.traits(is_synchronised=is_synchronised)
+    if exactness_of(plan, traits) is not Exactness.STATISTICS:
+        return
+    names = [
+        trait.name
+        for block, trait in enumerate(traits)
+        if len(plan.student_ranks(block)) > 1
+        and (trait.is_stochastic or (trait.has_batch_statistics and not trait.is_synchronised))
+    ]
+    warnings.warn(
+        f"The plan splits the rows of student blocks {', '.join(names)} over ranks, and these blocks use batch "
+        "statistics or random numbers: they train a little differently than on one process (exactness: statistics). "
+        "Keep each on one rank, or set `sync_batchnorm=True` on GPUs.",
+        stacklevel=2,
+    )
+
+
+def check_optimizers(optimizers: list[torch.optim.Optimizer], module: BlockwiseDistillationModule) -> None:
+    """Raise for optimizers that cannot be divided by blocks.
+
+    Raises:
+        ValueError: An optimizer couples blocks, or trains the teacher, or trains no block.
+    """
+    teacher = {id(parameter) for parameter in module.teacher.parameters()}
+    for optimizer in optimizers:
+        if isinstance(optimizer, _COUPLING_OPTIMIZERS):
+            msg = (
+                f"`configure_optimizers` must not return {type(optimizer).__name__}: its step couples all parameters, "
+                "and blocks step by themselves. Use an optimizer that treats parameters one by one (SGD, AdamW, ...)."
+            )
+            raise ValueError(msg)
+        parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if parameters & teacher:
+            raise ValueError("`configure_optimizers` must leave the teacher's parameters out: it is frozen.")
+        idle = [
+            name
+            for block, name in enumerate(module.block_pairs.names)
+            if not parameters & {id(parameter) for parameter in module.block_parameters(block)}
+        ]
+        if idle:
+            warnings.warn(
+                f"The optimizer has no parameter of the blocks {', '.join(idle)}: they will not change. "
+                "Give it `self.trainable_parameters()`.",
+                stacklevel=2,
+            )

@@ -1,0 +1,142 @@
+"""A model divided into blocks, and how a block is called."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import CellType, FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_pipebd.runtime.block_view import BlockView, WholeBoundary
+
+__all__ = ["CallableBlock", "Partition", "call_block", "make_partition"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """A model divided into blocks that, one after another, do what the model does.
+
+    Copied or pickled together with its model it belongs to the copy. Owns nothing: keep it out of ``nn.Module``'s
+    tables, or every parameter would be there twice.
+
+    Attributes:
+        blocks: Block *i* maps boundary *i* to boundary *i + 1*, see :func:`call_block`. Boundary 0 is the
+            model's input.
+        tail: What the model does after the last boundary; ``None`` where the last boundary is the model's output, and
+            for blocks that were listed.
+        parameter_names: Per block, the names of its parameters in the model.
+        buffer_names: Per block, the names of its buffers in the model, persistent or not.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    tail: nn.Module | None
+    parameter_names: tuple[tuple[str, ...], ...]
+    buffer_names: tuple[tuple[str, ...], ...]
+
+
+class CallableBlock(nn.Module):
+    """A block made of a function and the modules that it uses.
+
+    Args:
+        function: Maps the parts of a boundary to the next boundary.
+        modules: Modules of the model whose parameters the function uses.
+
+    To be copied with its model, the function must find the modules in its closure or as a bound method's object; what
+    it finds as a global name stays the original's. To be pickled it must be picklable, so no lambda.
+
+    Example:
+        >>> embedding, norm = nn.Embedding(5, 4), nn.LayerNorm(4)
+        >>> block = CallableBlock(lambda tokens: norm(embedding(tokens)), modules=[embedding, norm])
+        >>> [tuple(parameter.shape) for parameter in block.parameters()]
+        [(5, 4), (4,), (4,)]
+    """
+
+    def __init__(self, function: Callable[..., Any], modules: Sequence[nn.Module] = ()) -> None:
+        super().__init__()
+        self.function = function
+        self.modules_used = nn.ModuleList(modules)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CallableBlock:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in self.__dict__.items():
+            # Python does not copy functions, so a copied block would go on using the original's modules.
+            copied.__dict__[name] = _copy_captured(value, memo) if name == "function" else copy.deepcopy(value, memo)
+        return copied
+
+
+def call_block(block: nn.Module, boundary: Any) -> Any:
+    """Map a boundary to the next one: the parts of a tuple are arguments, those of a dict keyword arguments.
+
+    A block that was cut out of a model gets what its boundary module returned just as it was, also a tuple of one
+    tensor or a named tuple, so use this instead of calling the block.
+
+    Example:
+        >>> call_block(CallableBlock(lambda hidden, scale: (hidden * scale, scale)), (2, 3))
+        (6, 3)
+    """
+    if isinstance(block, BlockView) and block.takes_whole:
+        return block(WholeBoundary(boundary))
+    if isinstance(boundary, Mapping):
+        return block(**boundary)
+    if isinstance(boundary, tuple):
+        return block(*boundary)
+    return block(boundary)
+
+
+def make_partition(model: nn.Module, blocks: tuple[nn.Module, ...], tail: nn.Module | None) -> Partition:
+    """Note which of a model's parameters and buffers each block uses, under their names in the model."""
+    used = [({id(value) for value in block.parameters()}, {id(value) for value in block.buffers()}) for block in blocks]
+    return Partition(
+        blocks=blocks,
+        tail=tail,
+        parameter_names=tuple(
+            tuple(name for name, value in model.named_parameters() if id(value) in parameters) for parameters, _ in used
+        ),
+        buffer_names=tuple(
+            tuple(name for name, value in model.named_buffers() if id(value) in buffers) for _, buffers in used
+        ),
+    )
+
+
+def _copy_captured(value: Any, memo: dict[int, Any]) -> Any:
+    """Copy modules and tensors that a function holds; anything else (a logger, a lock) stays shared."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, FunctionType):
+        return _copy_function(value, memo)
+    if isinstance(value, (list, tuple, dict)):
+        copied: Any
+        if isinstance(value, dict):
+            copied = {key: _copy_captured(item, memo) for key, item in value.items()}
+        else:
+            copied = [_copy_captured(item, memo) for item in value]
+        return type(value)(copied) if type(value) in (list, tuple, dict) else copy.deepcopy(value, memo)
+    if isinstance(value, functools.partial) or hasattr(value, "__self__") or isinstance(value, (nn.Module, Tensor)):
+        return copy.deepcopy(value, memo)
+    return value
+
+
+def _copy_function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
+    if not function.__closure__:
+        return function
+    cells = tuple(CellType() for _ in function.__closure__)
+    copied = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__dict__.update(function.__dict__)
+    # Before the cells are filled: a function may capture itself.
+    memo[id(function)] = copied
+    for mine, theirs in zip(cells, function.__closure__, strict=True):
+        # A cell is empty while its variable is not assigned where the function was defined.
+        with contextlib.suppress(ValueError):
+            mine.cell_contents = _copy_captured(theirs.cell_contents, memo)
+    return copied

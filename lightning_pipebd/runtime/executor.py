@@ -1,0 +1,184 @@
+"""The executor: does what a program says, action by action.
+
+The life of one batch on one rank::
+
+    LOAD/RECV --> boundaries --> TEACH --> boundaries --> SEND
+                      |                        |
+                      +------> LEARN <---------+      one student block after another: forward, loss, backward
+                                 |
+                              REDUCE (under way while the next block learns) --> gradients ready for UPDATE
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
+from lightning_pipebd.runtime.gradients import GradientReducer
+from lightning_pipebd.runtime.relay import Relay
+from lightning_pipebd.runtime.row_trees import RowTree, find_row_leaves, join_rows, take_rows
+
+__all__ = ["Executor", "Jobs", "Span"]
+
+
+class Jobs(Protocol):
+    """What the blocks compute; the executor knows only when."""
+
+    def teach(self, block: int, boundary: Any) -> Any:  # noqa: ANN401 - any tree
+        """Give the next boundary."""
+
+    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:  # noqa: ANN401
+        """Add the gradients of some rows' part of the batch's mean loss; give that part, detached."""
+
+
+class Span(NamedTuple):
+    """When an action ran, in seconds of :func:`time.perf_counter`."""
+
+    action: Action
+    start_s: float
+    stop_s: float
+
+
+class Executor:
+    """Run programs on one rank.
+
+    Args:
+        jobs: The blocks of this rank.
+        relay: Boundaries from and to other ranks.
+        reducer: Gradients of shared blocks.
+        cuts_rows: Whether any job's rows are split, so that trees are cut and joined.
+        observer: Called with the :class:`Span` of every action; ``None`` measures nothing.
+    """
+
+    def __init__(
+        self,
+        jobs: Jobs,
+        relay: Relay,
+        reducer: GradientReducer,
+        *,
+        cuts_rows: bool,
+        observer: Callable[[Span], None] | None = None,
+    ) -> None:
+        self._jobs = jobs
+        self._relay = relay
+        self._reducer = reducer
+        self._cuts_rows = cuts_rows
+        self._observer = observer
+        self._row_leaves: dict[tuple[int, int], tuple[bool, ...]] = {}
+        self._last_uses: dict[Program, dict[int, int]] = {}
+        self.current: tuple[Program, int] | None = None  # what a failure report points at
+
+    def run(self, program: Program, step: int, loaded: dict[int, RowTree]) -> dict[int, Tensor]:
+        """Run a program.
+
+        Args:
+            program: This rank's program for the batch.
+            step: Number of the batch; the same on all ranks.
+            loaded: Boundary 0 and :data:`~lightning_pipebd.planning.program.TARGETS` on a rank that loads rows.
+
+        Returns:
+            This rank's part of the loss of each student block that it taught rows of, detached.
+        """
+        self._relay.begin_step(step)
+        state = _State(step, program.num_rows, loaded)
+        last_uses = self._last_uses.get(program) or self._last_uses.setdefault(program, _find_last_uses(program))
+        for index, action in enumerate(program.actions):
+            self.current = (program, index)
+            start = time.perf_counter()
+            self._act(action, state)
+            if self._observer is not None:
+                self._observer(Span(action, start, time.perf_counter()))
+            for boundary in [boundary for boundary, last in last_uses.items() if last == index]:
+                state.boundaries.pop(boundary, None)
+        self._reducer.finish()
+        self.current = None
+        return state.losses
+
+    def _act(self, action: Action, state: _State) -> None:
+        if action.kind is Kind.LOAD:
+            for boundary, piece in state.loaded.items():
+                state.boundaries[boundary].append(piece)
+        elif action.kind is Kind.RECV:
+            piece = self._relay.recv(state.step, action.index, action.rows, action.peer)
+            state.boundaries[action.index].append(piece)
+        elif action.kind is Kind.SEND:
+            piece = take_rows(state.find(action.index, action.rows), action.rows)
+            self._relay.send(state.step, action.index, piece, action.peer)
+        elif action.kind is Kind.TEACH:
+            state.boundaries[action.index + 1].append(self._teach(action, state))
+        elif action.kind is Kind.LEARN:
+            self._learn(action, state)
+        elif action.kind is Kind.REDUCE:
+            self._reducer.start(action.index, action.ranks)
+
+    def _teach(self, action: Action, state: _State) -> RowTree:
+        boundary = join_rows(state.boundaries[action.index], action.rows)
+        output = self._jobs.teach(action.index, boundary.tree)
+        piece = RowTree(action.rows, output)
+        if self._cuts_rows:
+            piece.row_leaves = self._find_row_leaves(action, boundary, output)
+        return piece
+
+    def _find_row_leaves(self, action: Action, boundary: RowTree, output: Any) -> tuple[bool, ...]:  # noqa: ANN401
+        # Teaching a second number of rows is the only way to know which leaves follow the rows; once per block and
+        # structure, and the frozen teacher does not notice.
+        num_leaves = len(torch.utils._pytree.tree_leaves(output))  # noqa: SLF001
+        key = (action.index, num_leaves)
+        if key not in self._row_leaves:
+            num_rows = action.rows.num_rows
+            start = action.rows.start
+            if num_rows > 1:
+                probe, num_probe_rows = take_rows(boundary, Rows(start, start + 1)), 1
+            else:
+                twice = RowTree(Rows(start + 1, start + 2), boundary.tree, boundary.row_leaves)
+                probe, num_probe_rows = join_rows([boundary, twice], Rows(start, start + 2)), 2
+            self._row_leaves[key] = find_row_leaves(
+                output,
+                num_rows,
+                self._jobs.teach(action.index, probe.tree),
+                num_probe_rows,
+                subject=f"teacher block {action.index}",
+            )
+        return self._row_leaves[key]
+
+    def _learn(self, action: Action, state: _State) -> None:
+        block, rows = action.index, action.rows
+        boundary = join_rows(state.boundaries[block], rows).tree
+        target = join_rows(state.boundaries[block + 1], rows).tree
+        labels = state.boundaries.get(TARGETS)
+        labels_tree = join_rows(labels, rows).tree if labels else None
+        state.losses[block] = self._jobs.learn(block, boundary, target, labels_tree, rows, state.num_rows)
+
+
+class _State:
+    """What one rank holds of one batch."""
+
+    def __init__(self, step: int, num_rows: int, loaded: dict[int, RowTree]) -> None:
+        self.step = step
+        self.num_rows = num_rows
+        self.loaded = loaded
+        self.boundaries: defaultdict[int, list[RowTree]] = defaultdict(list)
+        self.losses: dict[int, Tensor] = {}
+
+    def find(self, boundary: int, rows: Rows) -> RowTree:
+        return join_rows(self.boundaries[boundary], rows)
+
+
+def _find_last_uses(program: Program) -> dict[int, int]:
+    """Find the action after which a boundary is not needed any more, so that its memory can go."""
+    last: dict[int, int] = {}
+    for index, action in enumerate(program.actions):
+        if action.kind in (Kind.RECV, Kind.SEND):
+            last[action.index] = index
+        elif action.kind is Kind.TEACH:
+            last[action.index] = last[action.index + 1] = index
+        elif action.kind is Kind.LEARN:
+            last[action.index] = last[action.index + 1] = last[TARGETS] = index
+    return last

@@ -1,0 +1,104 @@
+"""Gradients of student blocks whose rows are shared by several ranks, and the loss scale of each block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_pipebd.runtime.transport import Pending, Transport
+
+__all__ = ["BlockScaler", "GradientReducer"]
+
+
+class GradientReducer:
+    """Sum the gradients of shared student blocks over the ranks that share them.
+
+    Args:
+        transport: Carries the sums.
+        parameters: Per block of this rank, its parameters, in the same order on every rank that shares the block.
+    """
+
+    def __init__(self, transport: Transport, parameters: dict[int, Sequence[nn.Parameter]]) -> None:
+        self._transport = transport
+        self._parameters = parameters
+        self._under_way: list[tuple[Pending, Tensor, list[nn.Parameter]]] = []
+
+    def start(self, block: int, ranks: tuple[int, ...]) -> None:
+        """**Collective** over ``ranks``: start to sum the block's gradients; they change in :meth:`finish`."""
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in self._parameters[block]:
+            if parameter.requires_grad:
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for parameters in by_dtype.values():
+            flat = _flatten(parameters)
+            self._under_way.append((self._transport.all_reduce(flat, ranks), flat, parameters))
+
+    def finish(self) -> None:
+        """Wait for all sums and put them into the gradients.
+
+        A parameter that no rank had a gradient for keeps none: optimizers skip it, as they do on one process.
+        """
+        for pending, flat, parameters in self._under_way:
+            pending.wait()
+            *gradients, presence = flat.split([*(parameter.numel() for parameter in parameters), len(parameters)])
+            for parameter, gradient, ranks_with in zip(parameters, gradients, presence.tolist(), strict=True):
+                if not ranks_with:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                parameter.grad.copy_(gradient.view_as(parameter))
+        self._under_way.clear()
+
+
+def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
+    # The presence of each gradient travels behind the gradients: a rank without rows has none, and zeros are not none.
+    parts = [
+        torch.zeros_like(parameter).flatten() if parameter.grad is None else parameter.grad.flatten()
+        for parameter in parameters
+    ]
+    presence = parts[0].new_tensor([parameter.grad is not None for parameter in parameters])
+    return torch.cat([*parts, presence])
+
+
+class BlockScaler:
+    """The loss scale of one student block in float16: an overflow skips this block's update, and no other's.
+
+    Args:
+        scaler: Gradient scaler of this block alone.
+        parameters: The block's parameters.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler, parameters: Sequence[nn.Parameter]) -> None:
+        self.scaler = scaler
+        self._optimizer = _ScaleProbe(parameters)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Multiply the loss by the block's scale."""
+        return self.scaler.scale(loss)
+
+    def unscale(self) -> None:
+        """Divide the block's gradients by its scale; take the gradients away if one is not finite."""
+        probe = self._optimizer
+        if all(parameter.grad is None for parameter in probe.parameters):
+            return
+        probe.has_stepped = False
+        self.scaler.unscale_(probe)
+        self.scaler.step(probe)
+        self.scaler.update()
+        if not probe.has_stepped:
+            for parameter in probe.parameters:
+                parameter.grad = None
+
+
+class _ScaleProbe(torch.optim.Optimizer):
+    """An optimizer that only notes whether the scaler would have let it step."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(list(parameters), {})
+        self.parameters = list(parameters)
+        self.has_stepped = False
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        self.has_stepped = True

@@ -1,0 +1,120 @@
+"""Divides a model into blocks: at named modules of an unchanged model, or as a list of blocks.
+
+This is the module to import from; the files it stands on are
+
+::
+
+    tracing -> recording -> cutting -> partition      what the model does; cut; blocks
+    block_view, blocks, listed_blocks                 how blocks run, copy, pickle; blocks that are listed
+    block_map, boundary_shapes, block_traits          what is checked and asked before training
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_pipebd.runtime.block_map import check_block_map, check_ties, resolve_paths
+from lightning_pipebd.runtime.block_traits import has_batch_statistics, is_stochastic
+from lightning_pipebd.runtime.block_view import BlockView
+from lightning_pipebd.runtime.blocks import CallableBlock, Partition, call_block, make_partition
+from lightning_pipebd.runtime.boundary_shapes import boundary_shapes, check_shapes
+from lightning_pipebd.runtime.cutting import Piece, cut_recording
+from lightning_pipebd.runtime.listed_blocks import explicit_blocks
+from lightning_pipebd.runtime.recording import record
+from lightning_pipebd.runtime.tracing import PartitionError, name_module, way_out
+
+__all__ = [
+    "BlockView",
+    "CallableBlock",
+    "Partition",
+    "PartitionError",
+    "boundary_shapes",
+    "call_block",
+    "check_block_map",
+    "check_shapes",
+    "check_ties",
+    "cut_model",
+    "explicit_blocks",
+    "has_batch_statistics",
+    "is_stochastic",
+]
+
+
+def cut_model(model: nn.Module, boundaries: Sequence[str], *, role: str = "student") -> Partition:
+    """Divide an unchanged model into blocks, each ending right after a named module's last call.
+
+    Code between modules runs exactly once, in the block after the boundary. Modules, parameters and buffers stay the
+    model's, so a block sees whatever happens to the model. Where containers that hold a boundary compute something
+    else in ``train()`` than in ``eval()``, a block follows their mode.
+
+    Args:
+        model: The model; it is not changed. Only its ``forward``'s arguments without a default are inputs.
+        boundaries: Module paths in the order in which the model reaches them. The empty path is the model itself: as
+            the last boundary it stands for the model's output.
+        role: ``"teacher"`` or ``"student"``, for messages. A teacher always runs in ``eval()``, so it need only be
+            possible to cut it in that mode.
+
+    Raises:
+        PartitionError: A path is unknown, twice there, never reached or out of order; a value passes a boundary aside
+            of it; a container that holds a boundary cannot be opened. The message says where, and the way out.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> partition = cut_model(model, ["0", "2"])
+        >>> partition.parameter_names
+        (('0.weight', '0.bias'), ('2.weight', '2.bias'))
+        >>> partition.tail is None
+        True
+    """
+    paths = resolve_paths(model, boundaries, role)
+    if paths == [""]:
+        return make_partition(model, (model,), None)
+    evaluation = record(model, paths, role=role, training=False)
+    pieces = cut_recording(evaluation, paths, role)
+    try:
+        training_pieces = _cut_for_training(model, paths, len(pieces), role)
+    except PartitionError:
+        if role != "teacher":
+            raise
+        training_pieces = [None] * len(pieces)
+    subjects = [*(f"block {index} of the {role}" for index in range(len(paths))), f"the end of the {role}"]
+    views = [
+        _make_view(model, subject, evaluation.opened, piece, training_piece)
+        for subject, piece, training_piece in zip(subjects[: len(pieces)], pieces, training_pieces, strict=True)
+    ]
+    return make_partition(model, tuple(views[: len(paths)]), views[len(paths)] if len(views) > len(paths) else None)
+
+
+def _cut_for_training(model: nn.Module, paths: Sequence[str], num_pieces: int, role: str) -> Sequence[Piece | None]:
+    pieces = cut_recording(record(model, paths, role=role, training=True), paths, role)
+    if len(pieces) != num_pieces:
+        msg = (
+            f"{name_module('', role)} must do the same after its last boundary in `train()` and in `eval()`, but "
+            f"computes something there in one of them only. {way_out(role)}"
+        )
+        raise PartitionError(msg)
+    return pieces
+
+
+def _make_view(
+    model: nn.Module, subject: str, opened: tuple[str, ...], evaluation: Piece, training: Piece | None
+) -> BlockView:
+    pieces = [evaluation] if training is None else [evaluation, training]
+    attributes = frozenset(path for piece in pieces for path in piece.attributes)
+    # A module may also be handed to a function as it is.
+    handed = attributes & {path for path, _ in model.named_modules()}
+    training_code = None if training is None else training.code
+    if training_code is not None and training_code.is_same(evaluation.code):
+        training_code = evaluation.code
+    return BlockView(
+        model,
+        subject=subject,
+        module_paths=tuple(handed.union(*(piece.modules for piece in pieces))),
+        tensor_paths=tuple(attributes - handed),
+        opened=opened,
+        evaluation_code=evaluation.code,
+        training_code=training_code,
+        draws=any(piece.draws for piece in pieces),
+    )

@@ -1,0 +1,144 @@
+"""Trees of tensors whose leaves are cut and joined along the rows of the batch.
+
+A boundary is a tree: some leaves have one entry per row of the batch (hidden states), others are the same for all rows
+(rotary tables). Only a comparison of two row counts can tell them apart: a mask of shape ``(64, 64)`` may be either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_pipebd.planning.plan import Rows
+
+__all__ = ["RowTree", "count_rows", "find_row_leaves", "join_rows", "leading_row_leaves", "take_rows"]
+
+
+class RowTree:
+    """A tree of tensors for some rows of the batch.
+
+    Attributes:
+        rows: Rows of the batch that the tree holds.
+        tree: Tuple, list, dict or tensor, nested.
+        row_leaves: Per leaf of the tree (in flattening order) whether its first dimension is the rows; ``None`` while
+            unknown, which is fine as long as nobody cuts or joins the tree.
+    """
+
+    __slots__ = ("row_leaves", "rows", "tree")
+
+    def __init__(self, rows: Rows, tree: Any, row_leaves: tuple[bool, ...] | None = None) -> None:  # noqa: ANN401
+        self.rows = rows
+        self.tree = tree
+        self.row_leaves = row_leaves
+
+
+def count_rows(tree: Any) -> int:  # noqa: ANN401 - any tree
+    """Count the rows of a collated batch: the first dimension of its first tensor that has one.
+
+    Raises:
+        ValueError: No leaf is a tensor with at least one dimension.
+
+    Example:
+        >>> count_rows((torch.zeros(8, 3), torch.zeros(8)))
+        8
+    """
+    for leaf in pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    msg = (
+        "`batch` must hold at least one tensor whose first dimension is the rows, but it holds none. "
+        "Let the loader's collate function return tensors."
+    )
+    raise ValueError(msg)
+
+
+def leading_row_leaves(tree: Any, num_rows: int) -> tuple[bool, ...]:  # noqa: ANN401 - any tree
+    """Tell which leaves of a collated batch have one entry per row: tensors and lists of that length."""
+    return tuple(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_rows for leaf in _leaves(tree))
+
+
+def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int, *, subject: str) -> tuple[bool, ...]:  # noqa: ANN401
+    """Tell which leaves of a block's output have one entry per row, from outputs for two row counts.
+
+    Args:
+        output: Output for ``num_rows`` rows.
+        num_rows: Rows of ``output``.
+        probe: Output of the same block for another number of rows.
+        num_probe_rows: Rows of ``probe``.
+        subject: Names the block in the error.
+
+    Raises:
+        ValueError: A leaf follows the number of rows in another dimension than the first.
+
+    Example:
+        >>> find_row_leaves((torch.zeros(4, 2), torch.zeros(4, 4)), 4, (torch.zeros(1, 2), torch.zeros(4, 4)), 1,
+        ...                 subject="block 0")
+        (True, False)
+    """
+    flags = []
+    for whole, part in zip(_leaves(output), _leaves(probe), strict=True):
+        if not isinstance(whole, Tensor) or whole.shape == part.shape:
+            flags.append(False)
+        elif whole.shape[1:] == part.shape[1:] and (whole.shape[0], part.shape[0]) == (num_rows, num_probe_rows):
+            flags.append(True)
+        else:
+            msg = (
+                f"`{subject}` must give one entry per row in the first dimension of its output, but gave shape "
+                f"{tuple(whole.shape)} for {num_rows} rows and {tuple(part.shape)} for {num_probe_rows}. "
+                "Use a plan that keeps all rows of a block on one rank, or put the rows first."
+            )
+            raise ValueError(msg)
+    return tuple(flags)
+
+
+def take_rows(piece: RowTree, rows: Rows) -> RowTree:
+    """Take some of a tree's rows; all of them gives the tree itself, without a copy."""
+    if rows == piece.rows:
+        return piece
+    start, stop = rows.start - piece.rows.start, rows.stop - piece.rows.start
+    flags = _known(piece)
+    return RowTree(rows, _map_rows(piece.tree, flags, lambda leaf: leaf[start:stop]), flags)
+
+
+def join_rows(pieces: Sequence[RowTree], rows: Rows) -> RowTree:
+    """Join pieces that together hold ``rows`` (they may hold more, never less) into one tree.
+
+    Raises:
+        LookupError: A row is in no piece.
+    """
+    taken: list[RowTree] = []
+    position = rows.start
+    for piece in sorted(pieces, key=lambda piece: piece.rows):
+        if piece.rows.start <= position < piece.rows.stop:
+            stop = min(piece.rows.stop, rows.stop)
+            taken.append(take_rows(piece, Rows(position, stop)))
+            position = stop
+    if position < rows.stop:
+        msg = f"rows {position}:{rows.stop} are not present"
+        raise LookupError(msg)
+    if len(taken) == 1:
+        return taken[0]
+    flags = _known(taken[0])
+    leaves = zip(*(_leaves(piece.tree) for piece in taken), strict=True)
+    joined = [torch.cat(parts) if flag else parts[0] for flag, parts in zip(flags, leaves, strict=True)]
+    return RowTree(rows, pytree.tree_unflatten(joined, pytree.tree_structure(taken[0].tree)), flags)
+
+
+def _known(piece: RowTree) -> tuple[bool, ...]:
+    assert piece.row_leaves is not None, "a tree was cut or joined whose row leaves are unknown"
+    return piece.row_leaves
+
+
+def _leaves(tree: Any) -> list[Any]:  # noqa: ANN401
+    return pytree.tree_leaves(tree)
+
+
+def _map_rows(tree: Any, flags: tuple[bool, ...], function: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401
+    leaves, spec = pytree.tree_flatten(tree)
+    return pytree.tree_unflatten(
+        [function(leaf) if flag else leaf for flag, leaf in zip(flags, leaves, strict=True)], spec
+    )

@@ -1,0 +1,262 @@
+"""Messages and collectives between ranks: the interface, and its form over torch's process groups.
+
+No other file calls torch.distributed's communication functions. A *message* is four integers and a tree of tensors,
+sent from one rank to another over a *lane*. Messages of one lane between two ranks arrive in the order of sending.
+"""
+
+from __future__ import annotations
+
+import pickle
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Sequence
+from datetime import timedelta
+from enum import IntEnum
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["Lane", "Message", "Pending", "ProcessGroupTransport", "Transport", "TransportError"]
+
+# A receiver waits as long as its senders compute: hours, if one of them validates. Dead peers close their sockets.
+_PATIENCE = timedelta(days=30)
+_NUM_FIELDS = 4
+_NUM_LAYOUTS = 128
+
+
+class TransportError(RuntimeError):
+    """A message could not be delivered: a peer has ended, or the network has failed."""
+
+
+class Lane(IntEnum):
+    """Independent streams of messages between the same two ranks."""
+
+    RELAY = 1
+    HEADERS = 2
+    METRICS = 3
+    STATE = 4
+
+
+class Message(NamedTuple):
+    """What one rank tells another: four integers, whose meaning is the caller's, and a tree of tensors."""
+
+    fields: tuple[int, int, int, int]
+    tree: Any = None
+
+
+class Pending(Protocol):
+    """Something under way."""
+
+    def wait(self) -> None:
+        """Return when it is done; raise :class:`TransportError` when it cannot be done any more."""
+
+
+class Transport(ABC):
+    """What a rank can do with other ranks."""
+
+    rank: int
+    num_ranks: int
+
+    @abstractmethod
+    def send(self, message: Message, peer: int, lane: Lane) -> Pending:
+        """Start to send; the tensors must stay unchanged until the returned object's ``wait`` returns."""
+
+    @abstractmethod
+    def recv(self, peer: int, lane: Lane) -> Message:
+        """Wait for the next message of a peer on a lane; one thread at a time per peer and lane."""
+
+    @abstractmethod
+    def all_reduce(self, tensor: Tensor, ranks: tuple[int, ...]) -> Pending:
+        """**Collective** over ``ranks``: start to sum a tensor in place."""
+
+    @abstractmethod
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """**Collective** over all ranks: overwrite the tensor with that of rank ``source``."""
+
+    @abstractmethod
+    def all_gather_object(self, value: Any) -> list[Any]:  # noqa: ANN401 - any picklable value
+        """**Collective** over all ranks: get every rank's value, in rank order. For small values."""
+
+
+class _Works:
+    """Works of one message; holds the tensors, which the sender must not free before they have left."""
+
+    def __init__(self, works: list[Any], tensors: list[Tensor], subject: str) -> None:
+        self._works = works
+        self._tensors = tensors
+        self._subject = subject
+
+    def wait(self) -> None:
+        try:
+            for work in self._works:
+                work.wait()
+        except RuntimeError as error:
+            raise TransportError(f"{self._subject} failed: {error}") from error
+        finally:
+            self._works, self._tensors = [], []
+
+
+class ProcessGroupTransport(Transport):
+    """Messages over gloo; tensors on a CUDA device go over NCCL where the two ranks have a GPU each.
+
+    **Collective** over all ranks: the constructor creates process groups, and every rank must name the same ones.
+
+    Args:
+        device: Where this rank computes; tensors arrive there.
+        edges: Pairs (sender, receiver) that exchange boundaries; each gets an NCCL group of its own, so that a receive
+            never queues behind a send.
+        groups: Sets of ranks that will reduce together.
+        share_device: Whether some ranks compute on one GPU; NCCL refuses that, and messages go through host memory.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        edges: Sequence[tuple[int, int]] = (),
+        groups: Sequence[tuple[int, ...]] = (),
+        share_device: bool = False,
+    ) -> None:
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self._device = device
+        use_nccl = device.type == "cuda" and not share_device
+        everyone = list(range(self.num_ranks))
+        self._messages = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
+        self._control = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
+        self._edges: dict[tuple[int, int], Any] = {}
+        if use_nccl:
+            self._edges = {edge: dist.new_group(sorted(edge), backend="nccl") for edge in sorted(set(edges))}
+        backend = "nccl" if use_nccl else "gloo"
+        unique = sorted({tuple(sorted(group)) for group in groups if len(group) > 1})
+        self._groups = {group: dist.new_group(list(group), timeout=_PATIENCE, backend=backend) for group in unique}
+        self._sent: dict[tuple[int, Lane], _LayoutBook] = {}
+        self._received: dict[tuple[int, Lane], _LayoutBook] = {}
+        self._streams: dict[int, torch.cuda.Stream] = {}
+
+    def send(self, message: Message, peer: int, lane: Lane) -> Pending:
+        leaves, spec = pytree.tree_flatten(message.tree)
+        tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
+        layout = pickle.dumps((spec, [_describe(leaf) for leaf in leaves]))
+        number, is_new = self._sent.setdefault((peer, lane), _LayoutBook()).number(layout)
+        blob = [torch.frombuffer(bytearray(layout), dtype=torch.uint8)] if is_new else []
+        header = torch.tensor([*message.fields, number, len(layout) if is_new else 0], dtype=torch.int64)
+        tensors = [header, *blob, *(tensor for tensor in tensors if tensor.numel())]
+        works = []
+        for index, tensor in enumerate(tensors):
+            edge = self._edges.get((self.rank, peer)) if tensor.is_cuda and lane is Lane.RELAY else None
+            if edge is None:
+                tensors[index] = tensor = tensor.cpu()
+                works.append(dist.isend(tensor, peer, group=self._messages, tag=int(lane)))
+            else:
+                works.append(dist.isend(tensor, peer, group=edge))
+        return _Works(works, tensors, f"sending from rank {self.rank} to rank {peer}")
+
+    def recv(self, peer: int, lane: Lane) -> Message:
+        try:
+            return self._recv(peer, lane)
+        except RuntimeError as error:
+            raise TransportError(f"rank {self.rank} lost rank {peer}: {error}") from error
+
+    def _recv(self, peer: int, lane: Lane) -> Message:
+        header = self._recv_host(torch.empty(_NUM_FIELDS + 2, dtype=torch.int64), peer, lane).tolist()
+        fields, number, blob_bytes = header[:_NUM_FIELDS], header[-2], header[-1]
+        book = self._received.setdefault((peer, lane), _LayoutBook())
+        if blob_bytes:
+            blob = self._recv_host(torch.empty(blob_bytes, dtype=torch.uint8), peer, lane)
+            book.add(number, blob.numpy().tobytes())
+        spec, leaves = pickle.loads(book.layout(number))  # noqa: S301 - from a rank of this very job
+        received = [self._recv_leaf(leaf, peer, lane) for leaf in leaves]
+        return Message(tuple(fields), pytree.tree_unflatten(received, spec))
+
+    def _recv_leaf(self, leaf: Any, peer: int, lane: Lane) -> Any:  # noqa: ANN401
+        if not isinstance(leaf, _TensorLayout):
+            return leaf
+        edge = self._edges.get((peer, self.rank)) if leaf.is_cuda and lane is Lane.RELAY else None
+        if edge is None or not leaf.num_elements:
+            tensor = torch.empty(leaf.shape, dtype=leaf.dtype)
+            if leaf.num_elements:
+                self._recv_host(tensor, peer, lane)
+            return tensor.to(self._device) if leaf.is_cuda else tensor
+        return self._recv_cuda(leaf, peer, edge)
+
+    def _recv_host(self, tensor: Tensor, peer: int, lane: Lane) -> Tensor:
+        work = dist.irecv(tensor, peer, group=self._messages, tag=int(lane))
+        assert work is not None
+        work.wait()
+        return tensor
+
+    def _recv_cuda(self, leaf: _TensorLayout, peer: int, edge: Any) -> Tensor:  # noqa: ANN401
+        # A stream of the receiving thread: the copy overlaps with the computation of the main thread, which is
+        # protected by the synchronisation below, not by stream order.
+        stream = self._streams.setdefault(peer, torch.cuda.Stream(self._device))
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=self._device)
+            work = dist.irecv(tensor, peer, group=edge)
+            assert work is not None
+            work.wait()
+            stream.synchronize()
+        tensor.record_stream(torch.cuda.default_stream(self._device))
+        return tensor
+
+    def all_reduce(self, tensor: Tensor, ranks: tuple[int, ...]) -> Pending:
+        work = dist.all_reduce(tensor, group=self._groups[ranks], async_op=True)
+        return _Works([work], [tensor], f"reducing over ranks {ranks}")
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        host = tensor.detach().cpu().contiguous()
+        dist.broadcast(host, source, group=self._control)
+        if host.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(host)
+
+    def all_gather_object(self, value: Any) -> list[Any]:  # noqa: ANN401
+        values: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(values, value, group=self._control)
+        return values
+
+
+class _TensorLayout(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_cuda: bool
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def _describe(leaf: Any) -> Any:  # noqa: ANN401 - a leaf that is no tensor travels with the layout
+    return _TensorLayout(tuple(leaf.shape), leaf.dtype, leaf.is_cuda) if isinstance(leaf, Tensor) else leaf
+
+
+class _LayoutBook:
+    """Numbers for layouts, so that a layout that both sides know is sent as a number.
+
+    Sender and receiver of a lane forget the oldest layout at the same message, hence stay in step without talking.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: OrderedDict[bytes, int] = OrderedDict()
+        self._layouts: OrderedDict[int, bytes] = OrderedDict()
+        self._next = 0
+
+    def number(self, layout: bytes) -> tuple[int, bool]:
+        known = self._numbers.get(layout)
+        if known is not None:
+            return known, False
+        number = self._next
+        self._next += 1
+        self._numbers[layout] = number
+        if len(self._numbers) > _NUM_LAYOUTS:
+            self._numbers.popitem(last=False)
+        return number, True
+
+    def add(self, number: int, layout: bytes) -> None:
+        self._layouts[number] = layout
+        if len(self._layouts) > _NUM_LAYOUTS:
+            self._layouts.popitem(last=False)
+
+    def layout(self, number: int) -> bytes:
+        return self._layouts[number]

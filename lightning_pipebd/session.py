@@ -1,0 +1,321 @@
+"""One fit on one rank: the plan's programs, and everything that runs them."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import lcm
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_pipebd.callbacks import BlockMetrics
+from lightning_pipebd.checkpoint import PrunedOptimizer
+from lightning_pipebd.data import HeaderLoader, RowLoader, TrainLoader, header_loader
+from lightning_pipebd.lightning_internals import ProcessGroupStrategy, set_device
+from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.planning.compiler import compile_programs
+from lightning_pipebd.planning.plan import Plan, Rows
+from lightning_pipebd.planning.program import TARGETS, Kind, Program
+from lightning_pipebd.runtime.executor import Executor
+from lightning_pipebd.runtime.gradients import BlockScaler, GradientReducer
+from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
+from lightning_pipebd.runtime.relay import Relay
+from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
+from lightning_pipebd.runtime.transport import Lane, Transport
+
+__all__ = ["TrainingSession", "plan_edges"]
+
+
+def plan_edges(plan: Plan) -> list[tuple[int, int]]:
+    """Give the pairs (sender, receiver) that a plan's programs use for any batch.
+
+    Example:
+        >>> plan_edges(Plan.straight([1, 1, 1]))
+        [(0, 1), (1, 2)]
+    """
+    # A batch that every share divides has every edge: fewer rows only make intervals empty.
+    num_rows = lcm(*(share.share.denominator for job in (*plan.teacher, *plan.student) for share in job))
+    programs = compile_programs(plan, num_rows, target_blocks=frozenset(range(plan.num_blocks)))
+    sends = (
+        (program.rank, action.peer) for program in programs for action in program.actions if action.kind is Kind.SEND
+    )
+    return sorted(set(sends))
+
+
+class TrainingSession:
+    """What one rank needs to train its part of a plan, from the start of a fit to its end.
+
+    Args:
+        module: Teacher, student and losses.
+        plan: Fits the module and the ranks.
+        transport: Reaches the other ranks.
+        strategy: Whose precision plugin and device are used.
+        max_in_flight: Steps by which a rank may run ahead.
+    """
+
+    def __init__(
+        self,
+        module: BlockwiseDistillationModule,
+        plan: Plan,
+        transport: Transport,
+        strategy: ProcessGroupStrategy,
+        *,
+        max_in_flight: int,
+    ) -> None:
+        self.num_steps = 0
+        self._module = module
+        self._plan = plan
+        self._transport = transport
+        self._strategy = strategy
+        self._max_in_flight = max_in_flight
+        self._rank = transport.rank
+        self._learned = [block for block in range(plan.num_blocks) if self._rank in plan.student_ranks(block)]
+        self._programs: dict[tuple[int, bool], Program] = {}
+        self._staged: tuple[int, Rows, Any, int] | None = None
+        self._pruned: dict[int, PrunedOptimizer] = {}
+        self._train_loader: TrainLoader | HeaderLoader | None = None
+        self._loader_epoch = -1
+        self._scalers: dict[int, BlockScaler] = {}
+        self._is_abandoned = False
+        self._is_open = False
+
+    # Life.
+
+    def begin(self, trainer: Trainer) -> None:
+        """Open the connections; every rank of the plan must do so."""
+        edges = plan_edges(self._plan)
+        transport, first = self._transport, self._plan.loading_ranks[0]
+        self._relay = Relay(
+            transport,
+            sources=[sender for sender, receiver in edges if receiver == self._rank],
+            destinations=[receiver for sender, receiver in edges if sender == self._rank],
+            max_in_flight=self._max_in_flight,
+        )
+        others = [rank for rank in range(transport.num_ranks) if rank != first]
+        self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first else None
+        self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
+        contributors = {rank for block in range(self._plan.num_blocks) for rank in self._plan.student_ranks(block)}
+        self._metrics = BlockMetrics(transport, frozenset(contributors))
+        trainer.callbacks.insert(0, self._metrics)
+        parameters = {block: self._module.block_parameters(block) for block in self._learned}
+        self._make_scalers(parameters)
+        self._jobs = _Jobs(self._module, self._strategy, self._scalers)
+        self._executor = Executor(
+            self._jobs,
+            self._relay,
+            GradientReducer(transport, parameters),
+            cuts_rows=self._plan.has_split_students or self._plan.has_split_teachers,
+        )
+        self._trainer = trainer
+        self._is_open = True
+
+    def close(self) -> None:
+        """Finish all exchanges; every rank must do so after the same step."""
+        if self._is_open:
+            self._is_open = False
+            self._relay.close()
+            if self._outbox is not None:
+                self._outbox.close()
+            if self._mailbox is not None:
+                self._mailbox.close()
+            self._metrics.close()
+
+    def abandon(self) -> None:
+        """This rank ends with an error: wait for nobody any more."""
+        self._is_abandoned = True
+        if self._is_open:
+            self._is_open = False
+            self._relay.abandon()
+
+    def end(self) -> None:
+        """Take back what was changed in the trainer, the optimizers and the precision plugin."""
+        if hasattr(self, "_metrics") and self._metrics in self._trainer.callbacks:
+            self._trainer.callbacks.remove(self._metrics)
+        if self._is_open and not self._is_abandoned:
+            self.close()
+
+    # Blocks on devices.
+
+    def place_blocks(self) -> None:
+        """Have the blocks of this rank on its device, and the others in host memory."""
+        device = self._strategy.root_device
+        set_device(self._module, device)
+        if device.type == "cpu":
+            return
+        pairs = self._module.block_pairs
+        for block in range(self._plan.num_blocks):
+            is_taught = any(share.rank == self._rank for share in self._plan.teacher[block])
+            pairs.teacher.blocks[block].to(device if is_taught else "cpu")
+            home = device if block in self._learned else torch.device("cpu")
+            pairs.student.blocks[block].to(home)
+            for side in ("input", "output"):
+                if f"{side}_{block}" in self._module.adapters:
+                    self._module.adapters[f"{side}_{block}"].to(home)
+
+    def gather_on_device(self) -> None:
+        """Have the whole student on this rank's device, for evaluation."""
+        self._module.student.to(self._strategy.root_device)
+        set_device(self._module, self._strategy.root_device)
+
+    def owned_tensors(self) -> list[tuple[list[Tensor], int]]:
+        """Give every block's parameters and buffers with the rank whose values count."""
+        module = self._module
+        return [
+            ([*module.block_parameters(block), *module.block_buffers(block)], self._plan.owner(block))
+            for block in range(self._plan.num_blocks)
+        ]
+
+    # Optimizers.
+
+    def prune(self, optimizers: list[Optimizer]) -> None:
+        """Leave this rank's parameters in the optimizers; what belongs to no block stays with rank 0."""
+        learners: dict[int, tuple[tuple[int, ...], int]] = {}
+        for block in range(self._plan.num_blocks):
+            for parameter in self._module.block_parameters(block):
+                learners[id(parameter)] = (self._plan.student_ranks(block), self._plan.owner(block))
+        nobody = ((0,), 0)
+
+        def is_local(parameter: nn.Parameter) -> bool:
+            return self._rank in learners.get(id(parameter), nobody)[0]
+
+        def is_owned(parameter: nn.Parameter) -> bool:
+            return self._rank == learners.get(id(parameter), nobody)[1]
+
+        for optimizer in optimizers:
+            self._pruned[id(optimizer)] = PrunedOptimizer(optimizer, is_local, is_owned)
+
+    def pruned_optimizer(self, optimizer: Optimizer) -> PrunedOptimizer:
+        """Give what is known of an optimizer's layout; Lightning may pass its own wrapper of it."""
+        return self._pruned[id(getattr(optimizer, "_optimizer", optimizer))]
+
+    def _make_scalers(self, parameters: dict[int, list[nn.Parameter]]) -> None:
+        plugin = self._strategy.precision_plugin
+        scaler = getattr(plugin, "scaler", None)
+        if not isinstance(plugin, MixedPrecision) or scaler is None:
+            return
+        # One scale for all blocks of a rank would let an overflow in one block skip the update of the others, and the
+        # result would depend on the plan. The plugin itself then has nothing left to scale.
+        state = scaler.state_dict()
+        for block, own in parameters.items():
+            copy = torch.amp.GradScaler(self._strategy.root_device.type)
+            copy.load_state_dict(state)
+            self._scalers[block] = BlockScaler(copy, own)
+        plugin.scaler = None
+
+    # Data.
+
+    def process_dataloader(self, loader: Any) -> TrainLoader | HeaderLoader:  # noqa: ANN401
+        """Make of the user's training loader what this rank iterates over."""
+        epoch = self._trainer.current_epoch
+        if self._train_loader is not None and self._loader_epoch == epoch:
+            msg = (
+                "`train_dataloader` must be one loader, but several were given. Combine them in one dataset "
+                "(torch.utils.data.ConcatDataset or StackDataset)."
+            )
+            raise ValueError(msg)
+        self._loader_epoch = epoch
+        shares = self._plan.teacher[0]
+        ranks = self._plan.loading_ranks
+        if self._rank not in ranks:
+            assert self._mailbox is not None
+            self._train_loader = header_loader(loader, self._mailbox)
+            return self._train_loader
+        position = ranks.index(self._rank)
+        start = sum((share.share for share in shares[:position]), Fraction(0))
+        self._train_loader = TrainLoader(
+            RowLoader(loader, (start, start + shares[position].share)),
+            outbox=self._outbox,
+            mailbox=self._mailbox,
+            seeded_peers=tuple(ranks[1:]),
+        )
+        return self._train_loader
+
+    # Steps.
+
+    def stage(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+        """Put a batch in place for :meth:`run`."""
+        assert self._train_loader is not None
+        loaded = self._train_loader.loaded.popleft()
+        self._staged = (loaded.num_rows, loaded.rows, batch, batch_idx)
+
+    def run(self, optimizer: Optimizer | None, *, update: bool) -> None:
+        """Run this rank's program for the staged batch.
+
+        Args:
+            optimizer: Handed on to Lightning's backward.
+            update: Whether an optimizer step follows; gradients accumulate otherwise.
+        """
+        assert self._staged is not None
+        num_rows, rows, batch, batch_idx = self._staged
+        self._staged = None
+        program = self._program(num_rows, update=update)
+        self._jobs.optimizer, self._jobs.batch_idx = optimizer, batch_idx
+        self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
+        losses = self._executor.run(program, self.num_steps, {} if rows.is_empty else self._load(batch, rows))
+        self.num_steps += 1
+        if update:
+            for scaler in self._scalers.values():
+                scaler.unscale()
+        self._metrics.record(losses, num_rows)
+
+    def _program(self, num_rows: int, *, update: bool) -> Program:
+        key = (num_rows, update)
+        if key not in self._programs:
+            programs = compile_programs(
+                self._plan, num_rows, target_blocks=self._module.target_blocks, update=update
+            )
+            self._programs[key] = programs[self._rank]
+        return self._programs[key]
+
+    def _load(self, batch: Any, rows: Rows) -> dict[int, RowTree]:  # noqa: ANN401
+        inputs, targets = self._module.unpack_batch(batch)
+        if count_rows(inputs) != rows.num_rows:
+            msg = (
+                f"`unpack_batch` must give the {rows.num_rows} rows that were loaded, but gives {count_rows(inputs)}. "
+                "Change the number of rows in the dataset or the collate function, not in batch transfer hooks."
+            )
+            raise ValueError(msg)
+        loaded = {0: RowTree(rows, inputs, leading_row_leaves(inputs, rows.num_rows))}
+        if self._module.target_blocks:
+            if targets is None:
+                msg = "`target_blocks` must get labels, but `unpack_batch` gave none. Let the loader yield (inputs, labels)."
+                raise ValueError(msg)
+            loaded[TARGETS] = RowTree(rows, targets, leading_row_leaves(targets, rows.num_rows))
+        return loaded
+
+
+class _Jobs:
+    """The module's blocks under the trainer's precision, as the executor wants them."""
+
+    def __init__(
+        self, module: BlockwiseDistillationModule, strategy: ProcessGroupStrategy, scalers: dict[int, BlockScaler]
+    ) -> None:
+        self._module = module
+        self._plugin = strategy.precision_plugin
+        self._scalers = scalers
+        self.optimizer: Optimizer | None = None
+        self.batch_idx = 0
+        self.num_accumulated = 1
+
+    def teach(self, block: int, boundary: Any) -> Any:  # noqa: ANN401
+        with self._plugin.train_step_context():
+            return self._module.teach(block, boundary)
+
+    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:  # noqa: ANN401
+        is_part = rows.num_rows < num_rows
+        first_row = rows.start if is_part else 0
+        with self._plugin.train_step_context():
+            loss = self._module.imitate(
+                block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row
+            )
+        if is_part:
+            loss = loss * (rows.num_rows / num_rows)
+        scaled = loss / self.num_accumulated
+        if block in self._scalers:
+            scaled = self._scalers[block].scale(scaled)
+        self._plugin.backward(scaled, self._module, self.optimizer)
+        return loss.detach()

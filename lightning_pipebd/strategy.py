@@ -1,0 +1,300 @@
+"""The strategy: Lightning's hooks in the order of their calls, each handing over in a few lines."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from fractions import Fraction
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise
+from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_train_loader
+from lightning_pipebd.lightning_internals import ProcessGroupStrategy, silence_sigterm_broadcast
+from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.planning.explain import explain_plan
+from lightning_pipebd.planning.plan import Plan
+from lightning_pipebd.plans import resolve_plan
+from lightning_pipebd.preflight import check_optimizers, check_trainer, require_module, warn_of_statistics
+from lightning_pipebd.runtime.transport import ProcessGroupTransport, Transport
+from lightning_pipebd.session import TrainingSession, plan_edges
+
+__all__ = ["PipeBDStrategy"]
+
+
+class PipeBDStrategy(ProcessGroupStrategy):
+    """Train the blocks of a :class:`~lightning_pipebd.BlockwiseDistillationModule` on several devices at once.
+
+    .. code-block:: python
+
+        Trainer(strategy="pipebd", devices=4)                        # an even split
+        Trainer(strategy=PipeBDStrategy(plan="0-1|2-3"), devices=2)  # blocks 0 and 1 on rank 0, 2 and 3 on rank 1
+
+    The student is the one that ``Trainer(devices=1)`` would train, and so are checkpoints, logged keys and the meaning
+    of every trainer argument: ``batch_size`` stays that of the whole batch.
+
+    Args:
+        plan: Which rank computes which rows of which block: text (``"0-1|2-3"``, ``"0-1*2|2-5"``), ``"joint"``, the
+            path of a YAML file, its content as a dictionary, or a :class:`~lightning_pipebd.planning.plan.Plan`.
+            ``None`` splits the blocks evenly by parameters and activations.
+        max_in_flight: Steps by which a rank may run ahead of the rank that receives from it, at least 1. More hides
+            more jitter and holds more boundary activations.
+        process_group_backend: Backend of the default process group; ``None`` takes NCCL on GPUs and gloo elsewhere.
+        timeout: Time after which a collective operation (validation, checkpoint) fails.
+        kwargs: Accelerator, plugins and environment, as Lightning passes them.
+
+    Raises:
+        PlanError: At ``fit``, before other processes start: the plan does not fit the module or the devices.
+        ValueError: ``max_in_flight`` is below 1; or at ``fit``, a trainer setting cannot work.
+    """
+
+    def __init__(
+        self,
+        plan: str | dict[str, Any] | Plan | None = None,
+        *,
+        max_in_flight: int = 2,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        **kwargs: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(process_group_backend=process_group_backend, timeout=timeout, **kwargs)
+        if max_in_flight < 1:
+            raise ValueError(f"`max_in_flight` must be at least 1, but is {max_in_flight}. Use the default of 2.")
+        self._given_plan = plan
+        self._max_in_flight = max_in_flight
+        self._transport: Transport | None = None
+        self._session: TrainingSession | None = None
+        self._is_evaluating = False
+        self._is_in_evaluation_step = False
+        self._is_accumulating = False
+        self._handed_over_at = -1
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:  # noqa: ANN401 - a private type of Lightning's
+        strategy_registry.register("pipebd", cls, description=cls.__doc__ or "")
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for the connected module."""
+        module = require_module(self.lightning_module)
+        return resolve_plan(self._given_plan, module, self.num_nodes * self.num_processes)
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether logged values are those of different rows on different ranks: while evaluating."""
+        return self._is_evaluating
+
+    # Set-up.
+
+    def preflight(self, trainer: Trainer) -> None:
+        module = require_module(self.lightning_module)
+        check_trainer(trainer, module, self.plan)
+
+    def setup(self, trainer: Trainer) -> None:
+        assert self.accelerator is not None
+        self.accelerator.setup(trainer)
+        module = require_module(self.lightning_module)
+        self.model = self.precision_plugin.convert_module(module)
+        self._session = None
+        self._handed_over_at = -1
+        plan = self.plan if trainer.state.fn == TrainerFn.FITTING else None
+        self._transport = ProcessGroupTransport(
+            self.root_device,
+            edges=plan_edges(plan) if plan else (),
+            groups=[plan.student_ranks(block) for block in range(plan.num_blocks)] if plan else (),
+        )
+        self._synchronise(module)
+        if plan is None:
+            self.model_to_device()
+            self.setup_precision_plugin()
+            return
+        self._session = TrainingSession(module, plan, self._transport, self, max_in_flight=self._max_in_flight)
+        self._session.place_blocks()
+        self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        self._session.begin(trainer)
+        silence_sigterm_broadcast(trainer)
+        is_synchronised = self.layer_sync
+        warn_of_statistics(plan, module, is_synchronised=is_synchronised)
+        traits = module.block_pairs.traits(is_synchronised=is_synchronised)
+        rank_zero_info(explain_plan(plan, traits, target_blocks=module.target_blocks))
+
+    def _synchronise(self, module: BlockwiseDistillationModule) -> None:
+        assert self._transport is not None
+        module.random_seed = self._transport.all_gather_object(module.random_seed)[0]
+        teacher = [(f"teacher.{name}", value) for name, value in module.teacher.state_dict(keep_vars=True).items()]
+        own = list(module.state_dict(keep_vars=True).items())
+        tensors = [(name, value) for name, value in [*teacher, *own] if isinstance(value, Tensor)]
+        different = synchronise(self._transport, tensors)
+        if any(name.startswith("teacher.") for name in different):
+            warnings.warn(
+                "The ranks had built different teachers; all took rank 0's. Load its weights from a file, or call "
+                "`seed_everything` first.",
+                stacklevel=2,
+            )
+
+    def setup_optimizers(self, trainer: Trainer) -> None:
+        super().setup_optimizers(trainer)
+        module = require_module(self.lightning_module)
+        check_optimizers(self.optimizers, module)
+        assert self._session is not None
+        self._session.prune(self.optimizers)
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
+        # Models are built in host memory: a rank's device holds the blocks of this rank alone.
+        with self.precision_plugin.tensor_init_context():
+            yield
+
+    def process_dataloader(self, dataloader: Any) -> Any:  # noqa: ANN401 - any iterable
+        module = require_module(self.lightning_module)
+        assert self._transport is not None
+        if module.trainer.training:
+            assert self._session is not None
+            check_train_loader(dataloader)
+            return self._session.process_dataloader(dataloader)
+        if module.trainer.predicting:
+            return dataloader
+        rank, num_ranks = self._transport.rank, self._transport.num_ranks
+        interval = (Fraction(rank, num_ranks), Fraction(rank + 1, num_ranks))
+        return EvaluationLoader(RowLoader(dataloader, interval, min_rows=num_ranks), self._transport)
+
+    # Training.
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
+        if isinstance(batch, BatchHeader):
+            return batch
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:  # type: ignore[override]  # noqa: ANN401
+        # Only staged: Lightning zeroes the gradients between this hook and `backward`, which does the work.
+        assert self._session is not None
+        self._session.stage(batch, batch_idx)
+        return {"loss": torch.zeros((), device=self.root_device)}
+
+    def backward(
+        self,
+        closure_loss: Tensor,
+        optimizer: Optimizer | None,
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Tensor:
+        assert self._session is not None
+        module = require_module(self.lightning_module)
+        self.precision_plugin.pre_backward(closure_loss, module)
+        self._session.run(optimizer, update=not self._is_accumulating)
+        self.precision_plugin.post_backward(closure_loss, module)
+        return closure_loss
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        self._is_accumulating = True
+        try:
+            yield
+        finally:
+            self._is_accumulating = False
+
+    def on_train_end(self) -> None:
+        assert self._session is not None
+        self._session.close()
+        self._assemble_student()
+
+    # Evaluation: the whole student on every rank, each rank its rows of every batch.
+
+    def on_validation_start(self) -> None:
+        self._begin_evaluation()
+
+    def on_test_start(self) -> None:
+        self._begin_evaluation()
+
+    def validation_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:  # type: ignore[override]  # noqa: ANN401
+        with self._evaluation_step():
+            return None if isinstance(batch, BatchHeader) else super().validation_step(batch, *args)
+
+    def test_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:  # type: ignore[override]  # noqa: ANN401
+        with self._evaluation_step():
+            return None if isinstance(batch, BatchHeader) else super().test_step(batch, *args)
+
+    def on_validation_end(self) -> None:
+        self._end_evaluation()
+
+    def on_test_end(self) -> None:
+        self._end_evaluation()
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:  # noqa: ANN401
+        # A rank without rows of a short batch is not in its step: values are exchanged once, when the loop has ended.
+        return tensor if self._is_in_evaluation_step else super().reduce(tensor, group, reduce_op)
+
+    @contextmanager
+    def _evaluation_step(self) -> Generator[None, None, None]:
+        self._is_in_evaluation_step = True
+        try:
+            yield
+        finally:
+            self._is_in_evaluation_step = False
+
+    def _begin_evaluation(self) -> None:
+        self._is_evaluating = True
+        if self._session is not None:
+            self._assemble_student()
+            self._session.gather_on_device()
+
+    def _end_evaluation(self) -> None:
+        self._is_evaluating = False
+        if self._session is not None:
+            self._session.place_blocks()
+
+    # State.
+
+    def _assemble_student(self) -> None:
+        """**Collective** over all ranks: give every rank the present weights of all blocks."""
+        assert self._session is not None
+        assert self._transport is not None
+        if self._session.num_steps != self._handed_over_at:
+            hand_over(self._transport, self._session.owned_tensors())
+            self._handed_over_at = self._session.num_steps
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """**Collective** over all ranks: give the module's state with all blocks up to date."""
+        if self._session is not None:
+            self._assemble_student()
+        return super().lightning_module_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """**Collective** over all ranks: give the optimizer's state as one device would; complete on rank 0 only."""
+        assert self._transport is not None
+        return self._pruned(optimizer).state(self._transport)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:  # noqa: ANN401
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            self._pruned(optimizer).load(state)
+
+    def _pruned(self, optimizer: Optimizer) -> PrunedOptimizer:
+        assert self._session is not None
+        return self._session.pruned_optimizer(optimizer)
+
+    # The end.
+
+    def on_exception(self, exception: BaseException) -> None:
+        if self._session is not None:
+            self._session.abandon()
+
+    def teardown(self) -> None:
+        # The session stays: `trainer.save_checkpoint` after `fit` asks for the optimizer's state.
+        if self._session is not None:
+            self._session.end()
+        self._is_evaluating = False
+        super().teardown()
+
+
+PipeBDStrategy.register_strategies(StrategyRegistry)
