@@ -203,16 +203,16 @@ def compare() -> None:
             report = f"{folder}/{index}.json"
             # One thread per process everywhere: the rows differ in the strategy alone.
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            subprocess.run(
-                [sys.executable, __file__, strategy, str(devices), report], check=True, env=environment
-            )
+            subprocess.run([sys.executable, __file__, strategy, str(devices), report], check=True, env=environment)
             results.append(json.loads(Path(report).read_text()))
     teacher_size = sum(parameter.numel() for parameter in load_teacher().parameters())
     lines = [f"{'':28}{'accuracy':>9}{'parameters':>12}{'epoch':>9}  plan"]
     lines.append(f"{'teacher':28}{teacher_accuracy:>9.1%}{teacher_size:>12,}{'':>9}")
     for (name, _, _), result in zip(rows, results, strict=True):
         numbers = f"{result['accuracy']:>9.1%}{result['parameters']:>12,}{result['epoch_s']:>8.2f}s"
-        lines.append(f"{'student, ' + name if name == 'one process' else '         ' + name:28}{numbers}  {result['plan']}")
+        lines.append(
+            f"{'student, ' + name if name == 'one process' else '         ' + name:28}{numbers}  {result['plan']}"
+        )
     sys.stdout.write("\n" + "\n".join(lines) + "\n")
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_pipebd.lightning_internals import is_logging_step, logging_step
 from lightning_pipebd.module import BlockwiseDistillationModule
@@ -26,9 +29,16 @@ class BlockMetrics(Callback):
     Args:
         transport: Carries the losses.
         contributors: Ranks that learn a block.
+        sharing_logs: Context in which logged values count as those of all ranks.
     """
 
-    def __init__(self, transport: Transport, contributors: frozenset[int]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        contributors: frozenset[int],
+        sharing_logs: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self._sharing_logs = sharing_logs
         self._transport = transport
         self._contributors = contributors
         is_zero = transport.rank == 0
@@ -58,12 +68,13 @@ class BlockMetrics(Callback):
         for mailbox in self._mailboxes.values():
             mailbox.close()
 
+    @override
     def on_train_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,  # noqa: ANN401 - Lightning's signature
-        batch: Any,  # noqa: ANN401
+        outputs: Any,
+        batch: Any,
         batch_idx: int,
     ) -> None:
         """Post or write the block losses if Lightning logs at this step."""
@@ -81,6 +92,7 @@ class BlockMetrics(Callback):
                 self._take(peer, message, trainer)
         self._write(trainer, pl_module)
 
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """**Collective** over all ranks: log every block's mean over the epoch on every rank."""
         mine = ({block: total.item() for block, total in self._sums.items()}, self._num_rows, self._num_posted)
@@ -98,7 +110,8 @@ class BlockMetrics(Callback):
                     totals[block] += total
             means = {pl_module.block_key(block): total / self._num_rows for block, total in sorted(totals.items())}
             means["train/loss"] = sum(means.values())
-            pl_module.log_dict({f"{key}_epoch": value for key, value in means.items()})
+            with self._sharing_logs():
+                pl_module.log_dict({f"{key}_epoch": value for key, value in means.items()})
         self._sums, self._num_rows = {}, 0
 
     def _post(self, step: int) -> None:
@@ -131,7 +144,7 @@ class BlockMetrics(Callback):
             )
 
     @staticmethod
-    def _merge(module: Any, parts: dict[int, dict[int, float]]) -> dict[str, float]:  # noqa: ANN401
+    def _merge(module: Any, parts: dict[int, dict[int, float]]) -> dict[str, float]:
         losses: dict[int, float] = defaultdict(float)
         for part in parts.values():
             for block, loss in part.items():

@@ -106,7 +106,7 @@ def hand_over(transport: Transport, tensors_and_owners: Iterable[tuple[Sequence[
                 flat = torch.cat([tensor.detach().reshape(-1).cpu() for tensor in same_type])
                 transport.broadcast(flat, owner)
                 if transport.rank != owner:
-                    parts = flat.split([tensor.numel() for tensor in same_type])
+                    parts = torch.split(flat, [tensor.numel() for tensor in same_type])
                     for tensor, part in zip(same_type, parts, strict=True):
                         tensor.copy_(part.view_as(tensor))
 

@@ -90,7 +90,7 @@ class RowLoader:
 
     def __init__(
         self,
-        loader: Any,  # noqa: ANN401
+        loader: Any,
         interval: Interval,
         *,
         min_rows: int = 1,
@@ -100,12 +100,12 @@ class RowLoader:
         self._interval = interval
         self._min_rows = min_rows
         self._batch_rows = batch_rows
-        self.is_whole = interval == (0, 1)
+        self.is_whole = interval == (Fraction(0), Fraction(1))
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - samplers, datasets, state: as the user's loader has them
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_loader":
             raise AttributeError(name)
         return getattr(self._loader, name)
@@ -158,8 +158,8 @@ class _RowSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         for index, indices in enumerate(self._batch_sampler):
-            indices = list(indices)  # noqa: PLW2901 - samplers may yield tuples
-            self._loader._decide(index, len(indices))  # noqa: SLF001 - one class in two halves
+            indices = list(indices)
+            self._loader._decide(index, len(indices))
             rows = self._loader.rows(len(indices))
             self.dealt.append((len(indices), rows))
             if not rows.is_empty:
@@ -198,7 +198,7 @@ class TrainLoader:
     def __len__(self) -> int:
         return len(self._row_loader)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "_row_loader":
             raise AttributeError(name)
         return getattr(self._row_loader, name)
@@ -228,7 +228,7 @@ class TrainLoader:
 
     def _begin_as_peer(self, mailbox: Mailbox) -> Iterator[Loaded]:
         message = _await_epoch(mailbox)
-        state = pickle.loads(message.tree.numpy().tobytes())  # noqa: S301 - from a rank of this very job
+        state = pickle.loads(message.tree.numpy().tobytes())
         with borrowed_random_states(state):
             loading = self._row_loader.load()
             state = random_states()
@@ -291,7 +291,7 @@ class EvaluationLoader:
     def __len__(self) -> int:
         return len(self.row_loader)
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+    def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "row_loader":
             raise AttributeError(name)
         return getattr(self.row_loader, name)
@@ -339,13 +339,13 @@ def _sized_length(loader: object) -> int | None:
         return None
 
 
-def _slice_batch(batch: Any, num_rows: int, rows: Rows) -> Any:  # noqa: ANN401
+def _slice_batch(batch: Any, num_rows: int, rows: Rows) -> Any:
     if rows == Rows(0, num_rows):
         return batch
     if rows.is_empty:
         return None
 
-    def cut(leaf: Any) -> Any:  # noqa: ANN401
+    def cut(leaf: Any) -> Any:
         is_per_row = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_rows
         return leaf[rows.start : rows.stop] if is_per_row else leaf
 

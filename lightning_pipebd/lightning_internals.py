@@ -1,4 +1,4 @@
-"""Every private name of Lightning that we use, in one place; ``tests/test_lightning_internals.py`` pins each of them."""
+"""Every private name of Lightning that we use; ``tests/test_lightning_internals.py`` pins each of them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from lightning.fabric.utilities.distributed import (
     _init_dist_connection,
     _sync_ddp_if_available,
 )
-from lightning.pytorch import LightningModule
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+from typing_extensions import override
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -26,13 +27,17 @@ __all__ = [
     "ProcessGroupStrategy",
     "StagedBatch",
     "StagedBatchModule",
+    "add_callback",
     "is_logging_step",
     "logging_step",
+    "remove_callback",
     "set_device",
     "silence_sigterm_broadcast",
+    "user_callbacks",
 ]
 
 _SIGTERM_BROADCAST = "_broadcast_sigterm_tensor"
+_POSITION_OF_SYNC_DIST = 6
 
 
 class StagedBatch:
@@ -40,9 +45,23 @@ class StagedBatch:
 
 
 class StagedBatchModule(LightningModule):
-    """A module whose batch hooks see the user's batches only, never a :class:`StagedBatch`."""
+    """A module whose batch hooks see the user's batches only, and whose logged values are those of all rows.
 
-    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
+    Attributes:
+        shares_logs: Set by the strategy while ranks hold different rows of one batch: what is logged then is exchanged
+            (``sync_dist``), whether the user thought of it or not, because the user wrote it for one process.
+    """
+
+    shares_logs: bool = False
+
+    @override
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if self.shares_logs and len(args) < _POSITION_OF_SYNC_DIST:
+            kwargs["sync_dist"] = True
+        super().log(name, value, *args, **kwargs)
+
+    @override
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, StagedBatch):
             return batch
         return super()._on_before_batch_transfer(batch, dataloader_idx)
@@ -56,13 +75,14 @@ class _PreflightLauncher(_SubprocessScriptLauncher):
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         self._strategy = strategy
 
+    @override
     def launch(
         self,
         function: Callable[..., Any],
-        *args: Any,  # noqa: ANN401
+        *args: Any,
         trainer: Trainer | None = None,
-        **kwargs: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        **kwargs: Any,
+    ) -> Any:
         if trainer is not None:
             self._strategy.preflight(trainer)
         return super().launch(function, *args, trainer=trainer, **kwargs)
@@ -84,7 +104,7 @@ class ProcessGroupStrategy(ParallelStrategy):
         *,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
-        **kwargs: Any,  # noqa: ANN401 - accelerator, plugins, as Lightning passes them
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.num_nodes = 1
@@ -95,6 +115,7 @@ class ProcessGroupStrategy(ParallelStrategy):
         """Raise for everything that can be known to be wrong before a second process exists."""
 
     @property
+    @override
     def root_device(self) -> torch.device:
         assert self.parallel_devices is not None
         return self.parallel_devices[self.local_rank]
@@ -104,6 +125,7 @@ class ProcessGroupStrategy(ParallelStrategy):
         """Processes on this node."""
         return len(self.parallel_devices) if self.parallel_devices is not None else 0
 
+    @override
     def _configure_launcher(self) -> None:
         self._launcher = _PreflightLauncher(self)
 
@@ -112,8 +134,9 @@ class ProcessGroupStrategy(ParallelStrategy):
         if self.cluster_environment is not None:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        rank_zero_only.rank = self.global_rank
+        rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]  # how Lightning tells it the rank
 
+    @override
     def setup_environment(self) -> None:
         super().setup_environment()
         self.set_world_ranks()
@@ -122,10 +145,12 @@ class ProcessGroupStrategy(ParallelStrategy):
         device_id = None if self.root_device.type == "cpu" or backend == "gloo" else self.root_device
         _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
 
+    @override
     def model_to_device(self) -> None:
         assert self.model is not None
         self.model.to(self.root_device)
 
+    @override
     def barrier(self, name: str | None = None) -> None:
         if not dist.is_initialized():
             return
@@ -134,14 +159,16 @@ class ProcessGroupStrategy(ParallelStrategy):
         else:
             dist.barrier()
 
-    def broadcast(self, obj: Any, src: int = 0) -> Any:  # type: ignore[override]  # noqa: ANN401 - typed by a TypeVar there
+    @override
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
         if not dist.is_initialized():
             return obj
         values = [obj]
         dist.broadcast_object_list(values, src)
         return values[0]
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:  # noqa: ANN401
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         return _sync_ddp_if_available(tensor, group, reduce_op=reduce_op) if isinstance(tensor, Tensor) else tensor
 
     @property
@@ -170,10 +197,27 @@ def is_logging_step(trainer: Trainer) -> bool:
     """Tell whether Lightning writes training metrics after the present batch."""
     if trainer.fit_loop._should_accumulate():
         return False
-    due = (logging_step(trainer) + 1) % trainer.log_every_n_steps == 0 if trainer.log_every_n_steps else False
-    return due or trainer.should_stop or bool(trainer.fast_dev_run)
+    interval = int(getattr(trainer, "log_every_n_steps", 0))
+    is_due = interval > 0 and (logging_step(trainer) + 1) % interval == 0
+    return is_due or trainer.should_stop or bool(getattr(trainer, "fast_dev_run", False))
 
 
 def set_device(module: LightningModule, device: torch.device) -> None:
     """Let ``module.device`` tell where the blocks compute; some of its parameters may be elsewhere."""
     module._device = device
+
+
+def add_callback(trainer: Trainer, callback: Callback) -> None:
+    """Add a callback for this fit, before the user's: its values are there when theirs look for them."""
+    trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]  # Lightning's connectors set it
+
+
+def remove_callback(trainer: Trainer, callback: Callback) -> None:
+    """Take back what :func:`add_callback` did."""
+    if callback in trainer.callbacks:  # type: ignore[attr-defined]
+        trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
+
+
+def user_callbacks(trainer: Trainer) -> list[Callback]:
+    """Give the trainer's callbacks."""
+    return list(trainer.callbacks)  # type: ignore[attr-defined]

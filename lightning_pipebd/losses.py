@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.nn.functional as F  # noqa: N812 - the field's name for it
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 __all__ = ["BLOCK_LOSSES", "kl_divergence", "mean_squared_error", "soft_cross_entropy"]
 
 
-def mean_squared_error(student_output: Any, teacher_output: Any) -> Tensor:  # noqa: ANN401 - any tree
+def mean_squared_error(student_output: Any, teacher_output: Any) -> Tensor:
     """Mean squared error, summed over the tensors of a boundary that the student block has a say in.
 
     Tensors that merely pass through the block (masks, rotary tables) carry no gradient and are left out.
@@ -91,7 +91,7 @@ BLOCK_LOSSES: Mapping[str, Callable[[Any, Any], Tensor]] = {
 """Names that ``block_losses`` understands."""
 
 
-def _trained_pairs(student_output: Any, teacher_output: Any) -> list[tuple[Tensor, Tensor]]:  # noqa: ANN401
+def _trained_pairs(student_output: Any, teacher_output: Any) -> list[tuple[Tensor, Tensor]]:
     student_leaves, student_form = pytree.tree_flatten(student_output)
     teacher_leaves, teacher_form = pytree.tree_flatten(teacher_output)
     if student_form != teacher_form:

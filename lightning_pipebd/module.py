@@ -10,10 +10,11 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
-from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
 from lightning_pipebd.lightning_internals import StagedBatchModule
 from lightning_pipebd.losses import BLOCK_LOSSES
+from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
 from lightning_pipebd.runtime.partition import call_block
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
 from lightning_pipebd.runtime.row_trees import count_rows
@@ -71,6 +72,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
         ValueError: Blocks, adapters or losses are named that do not exist.
     """
 
+    teacher: nn.Module
     student: nn.Module
     adapters: nn.ModuleDict
 
@@ -86,7 +88,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
         input_adapters: Mapping[str | int, nn.Module] | None = None,
         target_blocks: Sequence[str | int] = (),
         block_losses: Mapping[str | int, str | Callable[[Any, Any], Tensor]] | None = None,
-        example_input: Any = None,  # noqa: ANN401 - any tree of tensors
+        example_input: Any = None,
     ) -> None:
         super().__init__()
         # Past nn.Module's bookkeeping on purpose: a frozen teacher must not reach checkpoints, optimizers or train().
@@ -122,7 +124,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
         """
         return f"train/block/{block:0{max(2, len(str(self.num_blocks - 1)))}d}/{what}"
 
-    def check_shapes(self, example_input: Any) -> None:  # noqa: ANN401 - any tree of tensors
+    def check_shapes(self, example_input: Any) -> None:
         """Raise where a student block's output does not have the teacher's shape; trains and changes nothing.
 
         Args:
@@ -131,7 +133,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
         Raises:
             PartitionError: Names the boundary, both shapes and the way out.
         """
-        self.block_pairs.check_shapes(example_input, self.adapters)
+        self.block_pairs.check_shapes(example_input, dict(self.adapters.items()))
 
     def block_parameters(self, block: int) -> list[nn.Parameter]:
         """Give the parameters that a block trains: those of its student block, then those of its adapters."""
@@ -156,18 +158,18 @@ class BlockwiseDistillationModule(StagedBatchModule):
 
     # What users override.
 
-    def unpack_batch(self, batch: Any) -> tuple[Any, Any]:  # noqa: ANN401
+    def unpack_batch(self, batch: Any) -> tuple[Any, Any]:
         """Divide a batch into the teacher's input and the labels.
 
         A pair is ``(inputs, labels)``; anything else is all input. Override for other batches.
         """
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:  # noqa: PLR2004 - a pair
+        if isinstance(batch, (tuple, list)) and len(batch) == 2:
             return batch[0], batch[1]
         if isinstance(batch, (tuple, list)) and len(batch) == 1:
             return batch[0], None
         return batch, None
 
-    def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:  # noqa: ANN401
+    def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:
         """Say how far a student block is from its teacher block: a mean over rows.
 
         Args:
@@ -178,13 +180,14 @@ class BlockwiseDistillationModule(StagedBatchModule):
         """
         return self._losses.get(block, BLOCK_LOSSES["mse"])(student_output, teacher_output)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    @override
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the whole student."""
         return self.student(*args, **kwargs)
 
     # What a strategy calls, and `training_step` below.
 
-    def teach(self, block: int, boundary: Any) -> Any:  # noqa: ANN401
+    def teach(self, block: int, boundary: Any) -> Any:
         """Give the teacher's boundary ``block + 1``; ``boundary`` stays unchanged."""
         with torch.no_grad():
             return self._call("teacher", block, boundary)
@@ -192,9 +195,9 @@ class BlockwiseDistillationModule(StagedBatchModule):
     def imitate(
         self,
         block: int,
-        boundary: Any,  # noqa: ANN401
-        teacher_output: Any,  # noqa: ANN401
-        targets: Any,  # noqa: ANN401
+        boundary: Any,
+        teacher_output: Any,
+        targets: Any,
         *,
         batch_idx: int,
         first_row: int = 0,
@@ -230,15 +233,15 @@ class BlockwiseDistillationModule(StagedBatchModule):
     def random_seed(self, seed: int) -> None:
         self._random_seed = seed
 
-    def _call(self, role: str, block: int, boundary: Any) -> Any:  # noqa: ANN401
+    def _call(self, role: str, block: int, boundary: Any) -> Any:
         # A block may begin with an in-place operation (ReLU(inplace=True) after a cut). Its input is also a target of
         # the block before it and perhaps on its way to another rank, so such a block works on a copy.
         partition = self.block_pairs.teacher if role == "teacher" else self.block_pairs.student
         known = self._modifies_input.get((role, block))
         given = boundary if known is False else pytree.tree_map_only(Tensor, torch.clone, boundary)
-        versions = [leaf._version for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]  # noqa: SLF001
+        versions = [leaf._version for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
         output = call_block(partition.blocks[block], given)
-        after = [leaf._version for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]  # noqa: SLF001
+        after = [leaf._version for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
         if known is False and versions != after:
             msg = f"{role} block {block} changed its input in place now, but did not do so on the first batch"
             raise RuntimeError(msg)
@@ -248,7 +251,8 @@ class BlockwiseDistillationModule(StagedBatchModule):
 
     # Lightning's hooks: the reference, block after block in one process.
 
-    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:  # noqa: ANN401
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Train all blocks on one batch, in order; a strategy that knows plans does not call this."""
         boundary, targets = self.unpack_batch(batch)
         num_rows = count_rows(boundary)
@@ -267,6 +271,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
         means = {f"{key}_epoch": value for key, value in values.items()}
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=num_rows, sync_dist=True)
 
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -283,17 +288,20 @@ class BlockwiseDistillationModule(StagedBatchModule):
             else:
                 nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
+    @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed of the random streams, so that a resumed run draws what the first would have drawn."""
         checkpoint[_SEED_KEY] = self.random_seed
 
+    @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the seed of the run that wrote the checkpoint."""
         self._random_seed = checkpoint.get(_SEED_KEY, self._random_seed)
 
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> BlockwiseDistillationModule:  # noqa: FBT001, FBT002 - nn.Module's signature
-        super()._apply(fn, recurse)
-        self.teacher._apply(fn, recurse)  # noqa: SLF001 - moves and converts the hidden teacher with the module
+    @override
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> BlockwiseDistillationModule:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own hook
+        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own hook
         return self
 
 

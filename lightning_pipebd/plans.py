@@ -87,13 +87,14 @@ def even_plan(module: BlockwiseDistillationModule, num_ranks: int) -> Plan:
     activations = pairs.boundary_sizes(module.example_input_array)
     total, total_activations = sum(weights) or 1.0, sum(activations) or 1.0
     mixed = [
-        weight / total + activation / total_activations
-        for weight, activation in zip(weights, activations, strict=True)
+        weight / total + activation / total_activations for weight, activation in zip(weights, activations, strict=True)
     ]
     return Plan.straight(balanced_sizes(mixed, num_ranks))
 
 
-def _from_dict(data: Any, where: str) -> Plan:  # noqa: ANN401 - whatever the file holds
+def _from_dict(data: Any, where: str) -> Plan:
     if not isinstance(data, dict):
-        raise PlanError(f"`plan` must be a mapping with `num_ranks`, `teacher` and `student`, but {where} holds {data!r}")
+        raise PlanError(
+            f"`plan` must be a mapping with `num_ranks`, `teacher` and `student`, but {where} holds {data!r}"
+        )
     return Plan.from_dict(data)

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_pipebd.lightning_internals import user_callbacks
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.explain import Exactness, exactness_of
 from lightning_pipebd.planning.plan import Plan
@@ -60,7 +61,7 @@ def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: P
         raise TypeError(msg)
     if not module.automatic_optimization:
         raise ValueError("`automatic_optimization` must be True: the plan decides when a block learns. Leave it on.")
-    for callback in trainer.callbacks:
+    for callback in user_callbacks(trainer):
         _check_callback(callback)
     _check_batch_norm(trainer, module, plan)
     if module.example_input_array is not None:
@@ -70,17 +71,29 @@ def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: P
 def _check_callback(callback: object) -> None:
     name = type(callback).__name__
     if isinstance(callback, (StochasticWeightAveraging, *_weight_averaging())):
-        msg = f"`{name}` must see all weights after every step, but each rank updates its own blocks only. Average the checkpoints afterwards."
+        msg = (
+            f"`{name}` must see all weights after every step, but each rank updates its own blocks only. "
+            "Average the checkpoints afterwards."
+        )
         raise ValueError(msg)
     if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
-        msg = f"`{name}` must judge the whole training by one rank's loss, which holds some blocks only. Run it with `strategy='auto'`."
+        msg = (
+            f"`{name}` must judge the training by the whole loss, but a rank has only that of its own blocks. "
+            "Run it with `strategy='auto'`."
+        )
         raise ValueError(msg)
     if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
-        msg = f"`{name}` must not save after an exception: the other ranks' blocks are out of reach then. Use `every_n_train_steps`."
+        msg = (
+            f"`{name}` must not save after an exception: the other ranks' blocks are out of reach then. "
+            "Use `every_n_train_steps`."
+        )
         raise ValueError(msg)
     monitor = getattr(callback, "monitor", None)
     if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and monitor and _STEP_KEYS.fullmatch(monitor):
-        msg = f"`monitor` of {name} must be known on every rank, but {monitor!r} is a step's loss. Monitor {monitor + '_epoch'!r}."
+        msg = (
+            f"`monitor` of {name} must be known on every rank, but {monitor!r} is a step's loss. "
+            f"Monitor {monitor + '_epoch'!r}."
+        )
         raise ValueError(msg)
     if getattr(callback, "_train_time_interval", None) is not None:
         warnings.warn(
@@ -97,7 +110,7 @@ def _check_callback(callback: object) -> None:
 
 def _weight_averaging() -> tuple[type, ...]:
     # Not in the oldest Lightning that we support.
-    import lightning.pytorch.callbacks as callbacks  # noqa: PLC0415, PLR0402
+    import lightning.pytorch.callbacks as callbacks
 
     found = getattr(callbacks, "WeightAveraging", None)
     return (found,) if found else ()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from fractions import Fraction
 from math import lcm
 from typing import Any
@@ -15,7 +17,7 @@ from torch.optim import Optimizer
 from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data import HeaderLoader, RowLoader, TrainLoader, header_loader
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, set_device
+from lightning_pipebd.lightning_internals import ProcessGroupStrategy, add_callback, remove_callback, set_device
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.plan import Plan, Rows
@@ -85,8 +87,13 @@ class TrainingSession:
 
     # Life.
 
-    def begin(self, trainer: Trainer) -> None:
-        """Open the connections; every rank of the plan must do so."""
+    def begin(self, trainer: Trainer, sharing_logs: Callable[[], AbstractContextManager[None]]) -> None:
+        """Open the connections; every rank of the plan must do so.
+
+        Args:
+            trainer: Gets a callback that logs the block losses.
+            sharing_logs: Context in which logged values are exchanged.
+        """
         edges = plan_edges(self._plan)
         transport, first = self._transport, self._plan.loading_ranks[0]
         self._relay = Relay(
@@ -99,8 +106,8 @@ class TrainingSession:
         self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first else None
         self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
         contributors = {rank for block in range(self._plan.num_blocks) for rank in self._plan.student_ranks(block)}
-        self._metrics = BlockMetrics(transport, frozenset(contributors))
-        trainer.callbacks.insert(0, self._metrics)
+        self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs)
+        add_callback(trainer, self._metrics)
         parameters = {block: self._module.block_parameters(block) for block in self._learned}
         self._make_scalers(parameters)
         self._jobs = _Jobs(self._module, self._strategy, self._scalers)
@@ -133,8 +140,8 @@ class TrainingSession:
 
     def end(self) -> None:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
-        if hasattr(self, "_metrics") and self._metrics in self._trainer.callbacks:
-            self._trainer.callbacks.remove(self._metrics)
+        if hasattr(self, "_metrics"):
+            remove_callback(self._trainer, self._metrics)
         if self._is_open and not self._is_abandoned:
             self.close()
 
@@ -208,7 +215,7 @@ class TrainingSession:
 
     # Data.
 
-    def process_dataloader(self, loader: Any) -> TrainLoader | HeaderLoader:  # noqa: ANN401
+    def process_dataloader(self, loader: Any) -> TrainLoader | HeaderLoader:
         """Make of the user's training loader what this rank iterates over."""
         epoch = self._trainer.current_epoch
         if self._train_loader is not None and self._loader_epoch == epoch:
@@ -236,7 +243,7 @@ class TrainingSession:
 
     # Steps.
 
-    def stage(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def stage(self, batch: Any, batch_idx: int) -> None:
         """Put a batch in place for :meth:`run`."""
         assert self._train_loader is not None
         loaded = self._train_loader.loaded.popleft()
@@ -265,13 +272,11 @@ class TrainingSession:
     def _program(self, num_rows: int, *, update: bool) -> Program:
         key = (num_rows, update)
         if key not in self._programs:
-            programs = compile_programs(
-                self._plan, num_rows, target_blocks=self._module.target_blocks, update=update
-            )
+            programs = compile_programs(self._plan, num_rows, target_blocks=self._module.target_blocks, update=update)
             self._programs[key] = programs[self._rank]
         return self._programs[key]
 
-    def _load(self, batch: Any, rows: Rows) -> dict[int, RowTree]:  # noqa: ANN401
+    def _load(self, batch: Any, rows: Rows) -> dict[int, RowTree]:
         inputs, targets = self._module.unpack_batch(batch)
         if count_rows(inputs) != rows.num_rows:
             msg = (
@@ -282,7 +287,10 @@ class TrainingSession:
         loaded = {0: RowTree(rows, inputs, leading_row_leaves(inputs, rows.num_rows))}
         if self._module.target_blocks:
             if targets is None:
-                msg = "`target_blocks` must get labels, but `unpack_batch` gave none. Let the loader yield (inputs, labels)."
+                msg = (
+                    "`target_blocks` must get labels, but `unpack_batch` gave none. "
+                    "Let the loader yield (inputs, labels)."
+                )
                 raise ValueError(msg)
             loaded[TARGETS] = RowTree(rows, targets, leading_row_leaves(targets, rows.num_rows))
         return loaded
@@ -301,17 +309,15 @@ class _Jobs:
         self.batch_idx = 0
         self.num_accumulated = 1
 
-    def teach(self, block: int, boundary: Any) -> Any:  # noqa: ANN401
+    def teach(self, block: int, boundary: Any) -> Any:
         with self._plugin.train_step_context():
             return self._module.teach(block, boundary)
 
-    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:  # noqa: ANN401
+    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
         is_part = rows.num_rows < num_rows
         first_row = rows.start if is_part else 0
         with self._plugin.train_step_context():
-            loss = self._module.imitate(
-                block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row
-            )
+            loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
         if is_part:
             loss = loss * (rows.num_rows / num_rows)
         scaled = loss / self.num_accumulated

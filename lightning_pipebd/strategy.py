@@ -10,13 +10,14 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_train_loader
@@ -37,7 +38,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
 
     .. code-block:: python
 
-        Trainer(strategy="pipebd", devices=4)                        # an even split
+        Trainer(strategy="pipebd", devices=4)  # an even split
         Trainer(strategy=PipeBDStrategy(plan="0-1|2-3"), devices=2)  # blocks 0 and 1 on rank 0, 2 and 3 on rank 1
 
     The student is the one that ``Trainer(devices=1)`` would train, and so are checkpoints, logged keys and the meaning
@@ -65,7 +66,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         max_in_flight: int = 2,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, **kwargs)
         if max_in_flight < 1:
@@ -74,13 +75,14 @@ class PipeBDStrategy(ProcessGroupStrategy):
         self._max_in_flight = max_in_flight
         self._transport: Transport | None = None
         self._session: TrainingSession | None = None
-        self._is_evaluating = False
+        self._shares_logs = False
         self._is_in_evaluation_step = False
         self._is_accumulating = False
         self._handed_over_at = -1
 
     @classmethod
-    def register_strategies(cls, strategy_registry: Any) -> None:  # noqa: ANN401 - a private type of Lightning's
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
         strategy_registry.register("pipebd", cls, description=cls.__doc__ or "")
 
     @property
@@ -91,15 +93,17 @@ class PipeBDStrategy(ProcessGroupStrategy):
 
     @property
     def is_distributed(self) -> bool:
-        """Whether logged values are those of different rows on different ranks: while evaluating."""
-        return self._is_evaluating
+        """Whether logged values are to be exchanged: while ranks hold different rows, and when an epoch ends."""
+        return self._shares_logs
 
     # Set-up.
 
+    @override
     def preflight(self, trainer: Trainer) -> None:
         module = require_module(self.lightning_module)
         check_trainer(trainer, module, self.plan)
 
+    @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
@@ -122,7 +126,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         self._session.place_blocks()
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        self._session.begin(trainer)
+        self._session.begin(trainer, self.sharing_logs)
         silence_sigterm_broadcast(trainer)
         is_synchronised = self.layer_sync
         warn_of_statistics(plan, module, is_synchronised=is_synchronised)
@@ -143,6 +147,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
                 stacklevel=2,
             )
 
+    @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         module = require_module(self.lightning_module)
@@ -151,12 +156,14 @@ class PipeBDStrategy(ProcessGroupStrategy):
         self._session.prune(self.optimizers)
 
     @contextmanager
+    @override
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         # Models are built in host memory: a rank's device holds the blocks of this rank alone.
         with self.precision_plugin.tensor_init_context():
             yield
 
-    def process_dataloader(self, dataloader: Any) -> Any:  # noqa: ANN401 - any iterable
+    @override
+    def process_dataloader(self, dataloader: Any) -> Any:
         module = require_module(self.lightning_module)
         assert self._transport is not None
         if module.trainer.training:
@@ -171,23 +178,26 @@ class PipeBDStrategy(ProcessGroupStrategy):
 
     # Training.
 
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:  # noqa: ANN401
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, BatchHeader):
             return batch
         return super().batch_to_device(batch, device, dataloader_idx)
 
-    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:  # type: ignore[override]  # noqa: ANN401
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         # Only staged: Lightning zeroes the gradients between this hook and `backward`, which does the work.
         assert self._session is not None
         self._session.stage(batch, batch_idx)
         return {"loss": torch.zeros((), device=self.root_device)}
 
+    @override
     def backward(
         self,
         closure_loss: Tensor,
         optimizer: Optimizer | None,
-        *args: Any,  # noqa: ANN401
-        **kwargs: Any,  # noqa: ANN401
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         assert self._session is not None
         module = require_module(self.lightning_module)
@@ -197,6 +207,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         return closure_loss
 
     @contextmanager
+    @override
     def block_backward_sync(self) -> Generator[None, None, None]:
         self._is_accumulating = True
         try:
@@ -204,6 +215,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         finally:
             self._is_accumulating = False
 
+    @override
     def on_train_end(self) -> None:
         assert self._session is not None
         self._session.close()
@@ -211,29 +223,55 @@ class PipeBDStrategy(ProcessGroupStrategy):
 
     # Evaluation: the whole student on every rank, each rank its rows of every batch.
 
+    @override
     def on_validation_start(self) -> None:
         self._begin_evaluation()
 
+    @override
     def on_test_start(self) -> None:
         self._begin_evaluation()
 
-    def validation_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:  # type: ignore[override]  # noqa: ANN401
+    @override
+    def validation_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:
         with self._evaluation_step():
             return None if isinstance(batch, BatchHeader) else super().validation_step(batch, *args)
 
-    def test_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:  # type: ignore[override]  # noqa: ANN401
+    @override
+    def test_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:
         with self._evaluation_step():
             return None if isinstance(batch, BatchHeader) else super().test_step(batch, *args)
 
+    @override
     def on_validation_end(self) -> None:
         self._end_evaluation()
 
+    @override
     def on_test_end(self) -> None:
         self._end_evaluation()
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:  # noqa: ANN401
-        # A rank without rows of a short batch is not in its step: values are exchanged once, when the loop has ended.
-        return tensor if self._is_in_evaluation_step else super().reduce(tensor, group, reduce_op)
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        # While training, every rank has the same epoch means already. While evaluating, a rank without rows of a short
+        # batch is not in its step: values are exchanged once, when the loop has ended.
+        is_training = self._session is not None and require_module(self.lightning_module).trainer.training
+        if self._is_in_evaluation_step or is_training:
+            return tensor
+        if isinstance(tensor, Tensor) and not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
+            tensor = tensor.double()  # numbers of rows: a mean rounded to an integer would be a wrong weight
+        return super().reduce(tensor, group, reduce_op)
+
+    @contextmanager
+    def sharing_logs(self) -> Generator[None, None, None]:
+        """Exchange what is logged inside the context."""
+        self._share_logs(True)
+        try:
+            yield
+        finally:
+            self._share_logs(False)
+
+    def _share_logs(self, is_shared: bool) -> None:
+        self._shares_logs = is_shared
+        require_module(self.lightning_module).shares_logs = is_shared
 
     @contextmanager
     def _evaluation_step(self) -> Generator[None, None, None]:
@@ -244,13 +282,13 @@ class PipeBDStrategy(ProcessGroupStrategy):
             self._is_in_evaluation_step = False
 
     def _begin_evaluation(self) -> None:
-        self._is_evaluating = True
+        self._share_logs(True)
         if self._session is not None:
             self._assemble_student()
             self._session.gather_on_device()
 
     def _end_evaluation(self) -> None:
-        self._is_evaluating = False
+        self._share_logs(False)
         if self._session is not None:
             self._session.place_blocks()
 
@@ -264,18 +302,21 @@ class PipeBDStrategy(ProcessGroupStrategy):
             hand_over(self._transport, self._session.owned_tensors())
             self._handed_over_at = self._session.num_steps
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """**Collective** over all ranks: give the module's state with all blocks up to date."""
         if self._session is not None:
             self._assemble_student()
         return super().lightning_module_state_dict()
 
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """**Collective** over all ranks: give the optimizer's state as one device would; complete on rank 0 only."""
         assert self._transport is not None
         return self._pruned(optimizer).state(self._transport)
 
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:  # noqa: ANN401
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             self._pruned(optimizer).load(state)
 
@@ -285,15 +326,17 @@ class PipeBDStrategy(ProcessGroupStrategy):
 
     # The end.
 
+    @override
     def on_exception(self, exception: BaseException) -> None:
         if self._session is not None:
             self._session.abandon()
 
+    @override
     def teardown(self) -> None:
         # The session stays: `trainer.save_checkpoint` after `fit` asks for the optimizer's state.
         if self._session is not None:
             self._session.end()
-        self._is_evaluating = False
+        self._share_logs(False)
         super().teardown()
 
 

@@ -119,12 +119,16 @@ def main() -> None:
                 report = f"{folder}/report.json"
                 command = [sys.executable, __file__, "--run", str(ranks), strategy, report]
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+                subprocess.run(
+                    command, check=True, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                )
                 results[strategy].append(json.loads(Path(report).read_text()))
     work_ms = (TEACHER_S + STUDENT_S) * 1000
     one, many = statistics.median(results["auto"]), statistics.median(results["pipebd"])
     sys.stdout.write(f"one process  {one:7.1f} ms/step   (work {4 * work_ms:.0f} ms)   runs {results['auto']}\n")
-    sys.stdout.write(f"{arguments.ranks} ranks      {many:7.1f} ms/step   (work {work_ms:.0f} ms)   runs {results['pipebd']}\n")
+    sys.stdout.write(
+        f"{arguments.ranks} ranks      {many:7.1f} ms/step   (work {work_ms:.0f} ms)   runs {results['pipebd']}\n"
+    )
     sys.stdout.write(f"ratio to the slowest rank's work {many / work_ms:.3f}; speed-up {one / many:.2f}\n")
 
 

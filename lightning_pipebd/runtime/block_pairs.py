@@ -79,7 +79,7 @@ class BlockPairs:
             resolved[index] = value
         return resolved
 
-    def check_shapes(self, example: Any, adapters: Mapping[str, nn.Module]) -> None:  # noqa: ANN401
+    def check_shapes(self, example: Any, adapters: Mapping[str, nn.Module]) -> None:
         """Raise where a student block's output does not have its teacher block's shape."""
         by_side: dict[str, dict[int, nn.Module]] = {"input": {}, "output": {}}
         for key, adapter in adapters.items():
@@ -106,12 +106,13 @@ class BlockPairs:
             for name, block in zip(self.names, self.student.blocks, strict=True)
         ]
 
-    def boundary_sizes(self, example: Any) -> list[float]:  # noqa: ANN401
+    def boundary_sizes(self, example: Any) -> list[float]:
         """Count the elements that each teacher block puts out for an example; zeros without an example."""
         if example is None:
             return [0.0] * len(self.names)
-        shapes = boundary_shapes(self.teacher, example)[-len(self.names) :]
-        return [float(sum(leaf.numel() for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))) for tree in shapes]
+        trees = boundary_shapes(self.teacher, example)[-len(self.names) :]
+        leaves = [[leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in trees]
+        return [float(sum(leaf.numel() for leaf in tree)) for tree in leaves]
 
 
 def pair_blocks(
@@ -186,6 +187,7 @@ def _warn_of_untrained(student: nn.Module, partition: Partition) -> None:
     if left:
         warnings.warn(
             f"{len(left)} parameters of `student` lie behind the last boundary and will not be trained: "
-            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}. Add the module that ends the model to the block map.",  # noqa: PLR2004
+            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}. "
+            "Add the module that ends the model to the block map.",
             stacklevel=4,
         )

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from lightning_pipebd.runtime.block_view import BlockView
+from lightning_pipebd.runtime.blocks import CallableBlock
 
 __all__ = ["graph_draws_random_numbers", "has_batch_statistics", "is_stochastic"]
 
@@ -26,6 +27,9 @@ _DRAWS = frozenset(
         *("random", "choice", "choices", "sample", "shuffle", "randrange", "uniform", "gauss"),
     }
 )
+
+
+_NO_CODE = compile("", "", "exec")
 
 
 def has_batch_statistics(block: nn.Module) -> bool:
@@ -93,24 +97,27 @@ def _module_draws(module: nn.Module) -> bool:
     probabilities = _drop_probabilities(module)
     if any(_may_be_positive(value) for value in probabilities):
         return True
-    if isinstance(module, (BlockView, nn.Sequential)) or type(module).__module__.startswith("torch.nn."):
+    if type(module).__module__.startswith("torch.nn.") or (probabilities and _is_named_dropping(module)):
         return False
+    function = module.function if isinstance(module, CallableBlock) else type(module).forward
     # The names a function uses also hold those of submodules (`self.dropout`), which are looked at by themselves.
-    code = getattr(type(module).forward, "__code__", None)
-    called = {name for name in getattr(code, "co_names", ()) if not hasattr(module, name)}
+    called = {name for name in getattr(function, "__code__", _NO_CODE).co_names if not hasattr(module, name)}
     return bool(called & _DRAWS) or (not probabilities and bool(called & _DROPOUTS))
 
 
-def _drop_probabilities(module: nn.Module) -> list[Any]:
+def _drop_probabilities(module: nn.Module) -> list[float]:
     """Collect the numbers a module keeps under names like ``dropout``, ``drop_prob``, and ``p`` of a dropping class."""
-    names_dropping = any(word in type(module).__name__.lower() for word in ("drop", "stochasticdepth"))
     return [
         value
         for name, value in vars(module).items()
         if isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and ("drop" in name.lower() or (names_dropping and name == "p"))
+        and ("drop" in name.lower() or (name == "p" and _is_named_dropping(module)))
     ]
+
+
+def _is_named_dropping(module: nn.Module) -> bool:
+    return any(word in type(module).__name__.lower() for word in ("drop", "stochasticdepth"))
 
 
 def _may_be_positive(value: Any) -> bool:

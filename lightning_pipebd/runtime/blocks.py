@@ -7,10 +7,10 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType, NoneType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_pipebd.runtime.block_view import BlockView, WholeBoundary
 
@@ -46,8 +46,8 @@ class CallableBlock(nn.Module):
         function: Maps the parts of a boundary to the next boundary.
         modules: Modules of the model whose parameters the function uses.
 
-    To be copied with its model, the function must find the modules in its closure or as a bound method's object; what
-    it finds as a global name stays the original's. To be pickled it must be picklable, so no lambda.
+    To be copied with its model, the function must find the modules in its closure, in its defaults or as a bound
+    method's object; those it finds as global names stay the original's. To be pickled it must be no lambda.
 
     Example:
         >>> embedding, norm = nn.Embedding(5, 4), nn.LayerNorm(4)
@@ -109,33 +109,42 @@ def make_partition(model: nn.Module, blocks: tuple[nn.Module, ...], tail: nn.Mod
 
 
 def _copy_captured(value: Any, memo: dict[int, Any]) -> Any:
-    """Copy modules and tensors that a function holds; anything else (a logger, a lock) stays shared."""
+    """Copy what a function holds, as deepcopy does, but functions too."""
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, FunctionType):
         return _copy_function(value, memo)
-    if isinstance(value, (list, tuple, dict)):
-        copied: Any
-        if isinstance(value, dict):
-            copied = {key: _copy_captured(item, memo) for key, item in value.items()}
-        else:
-            copied = [_copy_captured(item, memo) for item in value]
-        return type(value)(copied) if type(value) in (list, tuple, dict) else copy.deepcopy(value, memo)
-    if isinstance(value, functools.partial) or hasattr(value, "__self__") or isinstance(value, (nn.Module, Tensor)):
-        return copy.deepcopy(value, memo)
-    return value
+    if isinstance(value, functools.partial):
+        function, args, keywords = (_copy_captured(part, memo) for part in (value.func, value.args, value.keywords))
+        return functools.partial(function, *args, **keywords)
+    if type(value) is tuple:
+        return tuple(_copy_captured(item, memo) for item in value)
+    if type(value) is list:
+        items: list[Any] = []
+        memo[id(value)] = items
+        items.extend(_copy_captured(item, memo) for item in value)
+        return items
+    if type(value) is dict:
+        table: dict[Any, Any] = {}
+        memo[id(value)] = table
+        table.update({key: _copy_captured(item, memo) for key, item in value.items()})
+        return table
+    return value if isinstance(value, ModuleType) else copy.deepcopy(value, memo)
 
 
 def _copy_function(function: FunctionType, memo: dict[int, Any]) -> FunctionType:
-    if not function.__closure__:
+    defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+    if not function.__closure__ and all(isinstance(value, (int, float, str, NoneType)) for value in defaults):
         return function
-    cells = tuple(CellType() for _ in function.__closure__)
-    copied = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    copied.__dict__.update(function.__dict__)
-    # Before the cells are filled: a function may capture itself.
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    copied = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells or None)
+    # Before anything it holds is copied: a function may capture itself.
     memo[id(function)] = copied
-    for mine, theirs in zip(cells, function.__closure__, strict=True):
+    copied.__dict__.update(function.__dict__)
+    copied.__qualname__, copied.__module__ = function.__qualname__, function.__module__
+    copied.__defaults__ = _copy_captured(function.__defaults__, memo)
+    copied.__kwdefaults__ = _copy_captured(function.__kwdefaults__, memo)
+    for mine, theirs in zip(cells, function.__closure__ or (), strict=True):
         # A cell is empty while its variable is not assigned where the function was defined.
         with contextlib.suppress(ValueError):
             mine.cell_contents = _copy_captured(theirs.cell_contents, memo)

@@ -213,13 +213,16 @@ def _describe(node: fx.Node) -> str:
         return f"the output of `{node.target}`"
     if node.op == "output":
         return "the model's output"
-    if node.target is getattr and isinstance(node.args[0], fx.Node):
-        return f"`{node.args[1]}` of {_describe(node.args[0])}"
+    origin = f" of {_describe(node.args[0])}" if node.args and isinstance(node.args[0], fx.Node) else ""
+    if node.target in (getattr, operator.getitem):
+        return f"`{node.args[1]}`{origin}"
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.name)
-    return f"the result of `{name}`"
+    return f"`{name}`{origin}"
 
 
 def _describe_tree(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a dict with the keys {', '.join(map(repr, value))}"
-    return f"{type(value).__name__} {value!r}" if not isinstance(value, tuple) else "a tuple with other values in it"
+    if isinstance(value, tuple):
+        return f"a tuple of {len(value)} with something else in it"
+    return "a list" if isinstance(value, list) else repr(value)

@@ -31,10 +31,10 @@ __all__ = ["Executor", "Jobs", "Span"]
 class Jobs(Protocol):
     """What the blocks compute; the executor knows only when."""
 
-    def teach(self, block: int, boundary: Any) -> Any:  # noqa: ANN401 - any tree
+    def teach(self, block: int, boundary: Any) -> Any:
         """Give the next boundary."""
 
-    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:  # noqa: ANN401
+    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
         """Add the gradients of some rows' part of the batch's mean loss; give that part, detached."""
 
 
@@ -126,10 +126,10 @@ class Executor:
             piece.row_leaves = self._find_row_leaves(action, boundary, output)
         return piece
 
-    def _find_row_leaves(self, action: Action, boundary: RowTree, output: Any) -> tuple[bool, ...]:  # noqa: ANN401
+    def _find_row_leaves(self, action: Action, boundary: RowTree, output: Any) -> tuple[bool, ...]:
         # Teaching a second number of rows is the only way to know which leaves follow the rows; once per block and
         # structure, and the frozen teacher does not notice.
-        num_leaves = len(torch.utils._pytree.tree_leaves(output))  # noqa: SLF001
+        num_leaves = len(torch.utils._pytree.tree_leaves(output))
         key = (action.index, num_leaves)
         if key not in self._row_leaves:
             num_rows = action.rows.num_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class GradientReducer:
         parameters: Per block of this rank, its parameters, in the same order on every rank that shares the block.
     """
 
-    def __init__(self, transport: Transport, parameters: dict[int, Sequence[nn.Parameter]]) -> None:
+    def __init__(self, transport: Transport, parameters: Mapping[int, Sequence[nn.Parameter]]) -> None:
         self._transport = transport
         self._parameters = parameters
         self._under_way: list[tuple[Pending, Tensor, list[nn.Parameter]]] = []
@@ -42,7 +42,8 @@ class GradientReducer:
         """
         for pending, flat, parameters in self._under_way:
             pending.wait()
-            *gradients, presence = flat.split([*(parameter.numel() for parameter in parameters), len(parameters)])
+            sizes = [*(parameter.numel() for parameter in parameters), len(parameters)]
+            *gradients, presence = torch.split(flat, sizes)
             for parameter, gradient, ranks_with in zip(parameters, gradients, presence.tolist(), strict=True):
                 if not ranks_with:
                     continue

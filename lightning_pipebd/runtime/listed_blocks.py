@@ -89,6 +89,8 @@ def _captured(function: Any) -> Iterator[tuple[str, Any]]:
             values = {**variables.nonlocals, **variables.globals}
         except ValueError:  # a variable that is not yet assigned
             values = {}
+        arguments = inspect.signature(function).parameters
+        values.update({name: argument.default for name, argument in arguments.items()})
     else:
         values = dict(getattr(function, "__dict__", {}))
     for name, value in values.items():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from lightning_pipebd.runtime.transport import Lane, Message, Pending, Transport, TransportError
 
@@ -37,7 +38,9 @@ class LocalWorld:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self.ended: set[int] = set()
-        self.queues: dict[tuple[int, int, Lane], queue.Queue[tuple[Message, threading.Event]]] = defaultdict(queue.Queue)
+        self.queues: dict[tuple[int, int, Lane], queue.Queue[tuple[Message, threading.Event]]] = defaultdict(
+            queue.Queue
+        )
         self._lock = threading.Condition()
         self._rounds: dict[Any, tuple[list[Any], set[int]]] = {}
         self.transports = tuple(LocalTransport(self, rank) for rank in range(num_ranks))
@@ -48,14 +51,14 @@ class LocalWorld:
             self.ended.add(rank)
             self._lock.notify_all()
 
-    def contribute(self, key: Any, ranks: tuple[int, ...], rank: int, value: Any) -> None:  # noqa: ANN401
+    def contribute(self, key: Any, ranks: tuple[int, ...], rank: int, value: Any) -> None:
         """Put in this rank's part of a collective."""
         with self._lock:
             values, _ = self._rounds.setdefault(key, ([None] * len(ranks), set(ranks)))
             values[ranks.index(rank)] = (value,)
             self._lock.notify_all()
 
-    def collect(self, key: Any, rank: int) -> list[Any]:  # noqa: ANN401
+    def collect(self, key: Any, rank: int) -> list[Any]:
         """Wait for all parts of a collective; the last to collect clears it away."""
         with self._lock:
             values, absent = self._rounds[key]
@@ -79,12 +82,14 @@ class LocalTransport(Transport):
         self.num_ranks = world.num_ranks
         self._counts: dict[Any, int] = defaultdict(int)
 
+    @override
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:
         received = threading.Event()
         copy = pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, message.tree)
         self._world.queues[self.rank, peer, lane].put((Message(message.fields, copy), received))
         return _Delivery(lambda: self._await_delivery(received, peer))
 
+    @override
     def recv(self, peer: int, lane: Lane) -> Message:
         while True:
             try:
@@ -96,6 +101,7 @@ class LocalTransport(Transport):
             received.set()
             return message
 
+    @override
     def all_reduce(self, tensor: Tensor, ranks: tuple[int, ...]) -> Pending:
         key = self._key(("all_reduce", ranks))
         self._world.contribute(key, ranks, self.rank, tensor.detach().clone())
@@ -105,15 +111,17 @@ class LocalTransport(Transport):
 
         return _Delivery(finish)
 
+    @override
     def broadcast(self, tensor: Tensor, source: int) -> None:
         tensor.detach().copy_(self.all_gather_object(tensor.detach().clone())[source])
 
-    def all_gather_object(self, value: Any) -> list[Any]:  # noqa: ANN401
+    @override
+    def all_gather_object(self, value: Any) -> list[Any]:
         key = self._key("gather")
         self._world.contribute(key, tuple(range(self.num_ranks)), self.rank, value)
         return self._world.collect(key, self.rank)
 
-    def _key(self, kind: Any) -> tuple[Any, int]:  # noqa: ANN401
+    def _key(self, kind: Any) -> tuple[Any, int]:
         self._counts[kind] += 1
         return kind, self._counts[kind]
 

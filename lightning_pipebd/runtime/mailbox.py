@@ -65,7 +65,7 @@ class Mailbox:
         try:
             while (message := self._transport.recv(self._peer, self._lane)).fields != _STOP:
                 self._messages.put(message)
-        except BaseException as error:  # noqa: BLE001 - handed to the thread that asks
+        except BaseException as error:
             self._messages.put(error)
 
 

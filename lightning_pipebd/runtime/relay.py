@@ -118,7 +118,7 @@ class Relay:
                 if message.fields == _STOP:
                     return
                 self._put(peer, message)
-        except BaseException as error:  # noqa: BLE001 - whatever it was, the main thread must hear of it
+        except BaseException as error:
             with self._changed:
                 self._failure = self._failure or error
                 self._changed.notify_all()
@@ -134,6 +134,6 @@ class Relay:
             self._changed.notify_all()
 
 
-def _unpack(tree: Any) -> tuple[Any, tuple[bool, ...] | None]:  # noqa: ANN401 - any tree
+def _unpack(tree: Any) -> tuple[Any, tuple[bool, ...] | None]:
     boundary, row_leaves = tree
     return boundary, None if row_leaves is None else tuple(row_leaves)

@@ -30,13 +30,13 @@ class RowTree:
 
     __slots__ = ("row_leaves", "rows", "tree")
 
-    def __init__(self, rows: Rows, tree: Any, row_leaves: tuple[bool, ...] | None = None) -> None:  # noqa: ANN401
+    def __init__(self, rows: Rows, tree: Any, row_leaves: tuple[bool, ...] | None = None) -> None:
         self.rows = rows
         self.tree = tree
         self.row_leaves = row_leaves
 
 
-def count_rows(tree: Any) -> int:  # noqa: ANN401 - any tree
+def count_rows(tree: Any) -> int:
     """Count the rows of a collated batch: the first dimension of its first tensor that has one.
 
     Raises:
@@ -56,12 +56,12 @@ def count_rows(tree: Any) -> int:  # noqa: ANN401 - any tree
     raise ValueError(msg)
 
 
-def leading_row_leaves(tree: Any, num_rows: int) -> tuple[bool, ...]:  # noqa: ANN401 - any tree
+def leading_row_leaves(tree: Any, num_rows: int) -> tuple[bool, ...]:
     """Tell which leaves of a collated batch have one entry per row: tensors and lists of that length."""
     return tuple(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_rows for leaf in _leaves(tree))
 
 
-def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int, *, subject: str) -> tuple[bool, ...]:  # noqa: ANN401
+def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int, *, subject: str) -> tuple[bool, ...]:
     """Tell which leaves of a block's output have one entry per row, from outputs for two row counts.
 
     Args:
@@ -75,8 +75,9 @@ def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int,
         ValueError: A leaf follows the number of rows in another dimension than the first.
 
     Example:
-        >>> find_row_leaves((torch.zeros(4, 2), torch.zeros(4, 4)), 4, (torch.zeros(1, 2), torch.zeros(4, 4)), 1,
-        ...                 subject="block 0")
+        >>> find_row_leaves(
+        ...     (torch.zeros(4, 2), torch.zeros(4, 4)), 4, (torch.zeros(1, 2), torch.zeros(4, 4)), 1, subject="block 0"
+        ... )
         (True, False)
     """
     flags = []
@@ -133,11 +134,11 @@ def _known(piece: RowTree) -> tuple[bool, ...]:
     return piece.row_leaves
 
 
-def _leaves(tree: Any) -> list[Any]:  # noqa: ANN401
+def _leaves(tree: Any) -> list[Any]:
     return pytree.tree_leaves(tree)
 
 
-def _map_rows(tree: Any, flags: tuple[bool, ...], function: Callable[[Tensor], Tensor]) -> Any:  # noqa: ANN401
+def _map_rows(tree: Any, flags: tuple[bool, ...], function: Callable[[Tensor], Tensor]) -> Any:
     leaves, spec = pytree.tree_flatten(tree)
     return pytree.tree_unflatten(
         [function(leaf) if flag else leaf for flag, leaf in zip(flags, leaves, strict=True)], spec

@@ -184,9 +184,9 @@ def name_module(path: str, role: str) -> str:
 
     Example:
         >>> name_module("layer1", "student"), name_module("", "student")
-        ('`layer1` of the student', 'the student itself')
+        ('`layer1` of the student', '`student`')
     """
-    return f"`{path}` of the {role}" if path else f"the {role} itself"
+    return f"`{path}` of the {role}" if path else f"`{role}`"
 
 
 def way_out(role: str, *, also: bool = False) -> str:

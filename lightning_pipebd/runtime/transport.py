@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 __all__ = ["Lane", "Message", "Pending", "ProcessGroupTransport", "Transport", "TransportError"]
 
@@ -77,7 +78,7 @@ class Transport(ABC):
         """**Collective** over all ranks: overwrite the tensor with that of rank ``source``."""
 
     @abstractmethod
-    def all_gather_object(self, value: Any) -> list[Any]:  # noqa: ANN401 - any picklable value
+    def all_gather_object(self, value: Any) -> list[Any]:
         """**Collective** over all ranks: get every rank's value, in rank order. For small values."""
 
 
@@ -124,18 +125,21 @@ class ProcessGroupTransport(Transport):
         self._device = device
         use_nccl = device.type == "cuda" and not share_device
         everyone = list(range(self.num_ranks))
-        self._messages = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
-        self._control = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
+        self._messages: Any = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
+        self._control: Any = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
         self._edges: dict[tuple[int, int], Any] = {}
         if use_nccl:
             self._edges = {edge: dist.new_group(sorted(edge), backend="nccl") for edge in sorted(set(edges))}
         backend = "nccl" if use_nccl else "gloo"
         unique = sorted({tuple(sorted(group)) for group in groups if len(group) > 1})
-        self._groups = {group: dist.new_group(list(group), timeout=_PATIENCE, backend=backend) for group in unique}
+        self._groups: dict[tuple[int, ...], Any] = {
+            group: dist.new_group(list(group), timeout=_PATIENCE, backend=backend) for group in unique
+        }
         self._sent: dict[tuple[int, Lane], _LayoutBook] = {}
         self._received: dict[tuple[int, Lane], _LayoutBook] = {}
         self._streams: dict[int, torch.cuda.Stream] = {}
 
+    @override
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:
         leaves, spec = pytree.tree_flatten(message.tree)
         tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
@@ -154,6 +158,7 @@ class ProcessGroupTransport(Transport):
                 works.append(dist.isend(tensor, peer, group=edge))
         return _Works(works, tensors, f"sending from rank {self.rank} to rank {peer}")
 
+    @override
     def recv(self, peer: int, lane: Lane) -> Message:
         try:
             return self._recv(peer, lane)
@@ -167,11 +172,11 @@ class ProcessGroupTransport(Transport):
         if blob_bytes:
             blob = self._recv_host(torch.empty(blob_bytes, dtype=torch.uint8), peer, lane)
             book.add(number, blob.numpy().tobytes())
-        spec, leaves = pickle.loads(book.layout(number))  # noqa: S301 - from a rank of this very job
+        spec, leaves = pickle.loads(book.layout(number))
         received = [self._recv_leaf(leaf, peer, lane) for leaf in leaves]
         return Message(tuple(fields), pytree.tree_unflatten(received, spec))
 
-    def _recv_leaf(self, leaf: Any, peer: int, lane: Lane) -> Any:  # noqa: ANN401
+    def _recv_leaf(self, leaf: Any, peer: int, lane: Lane) -> Any:
         if not isinstance(leaf, _TensorLayout):
             return leaf
         edge = self._edges.get((peer, self.rank)) if leaf.is_cuda and lane is Lane.RELAY else None
@@ -188,10 +193,10 @@ class ProcessGroupTransport(Transport):
         work.wait()
         return tensor
 
-    def _recv_cuda(self, leaf: _TensorLayout, peer: int, edge: Any) -> Tensor:  # noqa: ANN401
+    def _recv_cuda(self, leaf: _TensorLayout, peer: int, edge: Any) -> Tensor:
         # A stream of the receiving thread: the copy overlaps with the computation of the main thread, which is
         # protected by the synchronisation below, not by stream order.
-        stream = self._streams.setdefault(peer, torch.cuda.Stream(self._device))
+        stream = self._streams.setdefault(peer, torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=self._device)
             work = dist.irecv(tensor, peer, group=edge)
@@ -201,17 +206,20 @@ class ProcessGroupTransport(Transport):
         tensor.record_stream(torch.cuda.default_stream(self._device))
         return tensor
 
+    @override
     def all_reduce(self, tensor: Tensor, ranks: tuple[int, ...]) -> Pending:
         work = dist.all_reduce(tensor, group=self._groups[ranks], async_op=True)
         return _Works([work], [tensor], f"reducing over ranks {ranks}")
 
+    @override
     def broadcast(self, tensor: Tensor, source: int) -> None:
         host = tensor.detach().cpu().contiguous()
         dist.broadcast(host, source, group=self._control)
         if host.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(host)
 
-    def all_gather_object(self, value: Any) -> list[Any]:  # noqa: ANN401
+    @override
+    def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.num_ranks
         dist.all_gather_object(values, value, group=self._control)
         return values
@@ -227,7 +235,7 @@ class _TensorLayout(NamedTuple):
         return torch.Size(self.shape).numel()
 
 
-def _describe(leaf: Any) -> Any:  # noqa: ANN401 - a leaf that is no tensor travels with the layout
+def _describe(leaf: Any) -> Any:
     return _TensorLayout(tuple(leaf.shape), leaf.dtype, leaf.is_cuda) if isinstance(leaf, Tensor) else leaf
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_pipebd import BlockwiseDistillationModule
 
-__all__ = ["MODULES", "ConvModule", "DropoutModule", "LinearModule", "ToyData", "ToyStream", "TransformerModule", "make_loader", "make_module"]
+__all__ = [
+    "MODULES",
+    "ConvModule",
+    "DropoutModule",
+    "LinearModule",
+    "ToyData",
+    "ToyStream",
+    "TransformerModule",
+    "make_loader",
+    "make_module",
+]
 
 NUM_CLASSES = 5
 
@@ -23,7 +35,9 @@ class ToyData(Dataset[tuple[Tensor, Tensor]]):
         if tokens:
             self.inputs = torch.randint(0, 17, (num_rows, *shape), generator=generator)
         else:
-            self.inputs = torch.randn(num_rows, *shape, generator=generator, dtype=torch.float64).to(torch.get_default_dtype())
+            self.inputs = torch.randn(num_rows, *shape, generator=generator, dtype=torch.float64).to(
+                torch.get_default_dtype()
+            )
         self.labels = torch.randint(0, NUM_CLASSES, (num_rows,), generator=generator)
         self.asked: list[int] = []
 
@@ -41,7 +55,7 @@ class ToyStream(IterableDataset[tuple[Tensor, Tensor]]):
     def __init__(self, data: ToyData) -> None:
         self.data = data
 
-    def __iter__(self) -> Any:  # noqa: ANN401
+    def __iter__(self) -> Any:
         return (self.data[index] for index in range(len(self.data)))
 
 
@@ -64,19 +78,19 @@ class _Classifier(nn.Module):
         self.features = nn.Sequential(*blocks)
         self.head = nn.Linear(width, NUM_CLASSES)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(self.features(x), 1), 1))
 
 
 class _ToyModule(BlockwiseDistillationModule):
-    def configure_optimizers(self) -> Any:  # noqa: ANN401
+    def configure_optimizers(self) -> Any:
         parameters = self.trainable_parameters()
-        groups = [{"params": parameters[::2]}, {"params": parameters[1::2], "weight_decay": 0.1}]
+        groups: list[dict[str, Any]] = [{"params": parameters[::2]}, {"params": parameters[1::2], "weight_decay": 0.1}]
         optimizer = torch.optim.AdamW(groups, lr=0.01)
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=40)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:  # noqa: ANN401
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         inputs, labels = batch
         logits = self(inputs)
         logits = logits[0][:, -1, :NUM_CLASSES] if isinstance(logits, tuple) else logits
@@ -84,7 +98,7 @@ class _ToyModule(BlockwiseDistillationModule):
 
     test_step = validation_step
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ANN401
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
         return self(batch[0])
 
 
@@ -106,7 +120,7 @@ class ConvModule(_ToyModule):
             target_blocks=["head"],
         )
 
-    def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:  # noqa: ANN401
+    def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:
         loss = super().block_loss(block, student_output, teacher_output, targets)
         return loss if targets is None else loss + nn.functional.cross_entropy(student_output, targets)
 
@@ -134,8 +148,12 @@ class LinearModule(_ToyModule):
     tokens = False
 
     def __init__(self) -> None:
-        teacher = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)), nn.Linear(6, NUM_CLASSES))
-        student = nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)), nn.Linear(6, NUM_CLASSES))
+        teacher = nn.Sequential(
+            *(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)), nn.Linear(6, NUM_CLASSES)
+        )
+        student = nn.Sequential(
+            *(nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)), nn.Linear(6, NUM_CLASSES)
+        )
         super().__init__(teacher, student, {str(index): str(index) for index in range(4)})
 
 
@@ -178,7 +196,7 @@ class _Transformer(nn.Module):
     def blocks(self) -> list[nn.Module]:
         return [self.embedding, *self.layers]
 
-    def forward(self, tokens: Tensor) -> Any:  # noqa: ANN401
+    def forward(self, tokens: Tensor) -> Any:
         boundary = self.embedding(tokens)
         for layer in self.layers:
             boundary = layer(*boundary)
@@ -194,26 +212,31 @@ class TransformerModule(_ToyModule):
     shape = (8,)
     tokens = True
 
-    def __init__(self) -> None:
+    def __init__(self, dropout: float = 0.1) -> None:
         teacher, student = _Transformer(8, 32), _Transformer(8, 8)
+        for layer in student.layers:
+            layer.get_submodule("dropout").p = dropout  # type: ignore[assignment]  # a float attribute
         super().__init__(teacher, student, teacher_blocks=teacher.blocks, student_blocks=student.blocks)
 
 
-MODULES: dict[str, type[Any]] = {
+MODULES: dict[str, Callable[[], Any]] = {
     "conv": ConvModule,
     "dropout": DropoutModule,
     "linear": LinearModule,
     "transformer": TransformerModule,
+    "transformer-no-dropout": partial(TransformerModule, dropout=0.0),
 }
 
 
-def make_module(name: str) -> Any:  # noqa: ANN401 - one of MODULES
+def make_module(name: str) -> Any:
     """Build a module with the same weights wherever it is built."""
     torch.manual_seed(11)
     return MODULES[name]()
 
 
-def make_loader(module: Any, num_rows: int, batch_size: int, *, shuffle: bool = False, stream: bool = False) -> DataLoader[Any]:  # noqa: ANN401
+def make_loader(
+    module: Any, num_rows: int, batch_size: int, *, shuffle: bool = False, stream: bool = False
+) -> DataLoader[Any]:
     """Make a loader of rows that fit the module."""
     data = ToyData(num_rows, module.shape, tokens=module.tokens)
     if stream:

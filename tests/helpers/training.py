@@ -77,26 +77,24 @@ def _train_rank(rank: int, run: Run, path: str) -> None:
         "enable_model_summary": False,
     }
     strategy = "auto" if run.plan is None else PipeBDStrategy(plan=run.plan)
-    trainer = Trainer(
-        accelerator="cpu", devices=run.num_ranks, strategy=strategy, **{**defaults, **run.trainer}
-    )
+    trainer = Trainer(accelerator="cpu", devices=run.num_ranks, strategy=strategy, **{**defaults, **run.trainer})
     trainer.fit(module, loader, validation, ckpt_path=run.resume)
     trainer.save_checkpoint(path)
 
 
-def max_difference(first: Any, second: Any) -> float:  # noqa: ANN401
+def max_difference(first: Any, second: Any) -> float:
     """Give the largest difference between two trees of tensors of one form."""
     firsts, form = pytree.tree_flatten(first)
     seconds, other_form = pytree.tree_flatten(second)
     assert form == other_form
     return max(
-        (a.double() - b.double()).abs().max().item()
+        float((a.double() - b.double()).abs().max())
         for a, b in zip(firsts, seconds, strict=True)
         if isinstance(a, Tensor) and a.numel()
     )
 
 
-def assert_same_checkpoint(first: Any, second: Any, where: str = "checkpoint") -> None:  # noqa: ANN401
+def assert_same_checkpoint(first: Any, second: Any, where: str = "checkpoint") -> None:
     """Assert that two checkpoints are equal, key by key and bit by bit."""
     assert type(first) is type(second), where
     if isinstance(first, dict):

@@ -22,7 +22,7 @@ small_batches = st.lists(st.lists(st.integers(-9, 9), min_size=1, max_size=9), m
 stages = st.lists(st.tuples(st.integers(1, 3), st.integers(1, 3)), min_size=1, max_size=3)
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(batch=batches(), update=st.booleans())
 def test_every_compiled_program_is_lawful(batch: Batch, update: bool) -> None:
     plan, num_rows, target_blocks = batch
@@ -76,7 +76,7 @@ def test_plan_is_bitwise_exact_unless_a_job_is_split(batch: Batch) -> None:
     assert f"exactness: {exactness_of(plan)}" in explain_plan(plan, num_rows=num_rows, target_blocks=target_blocks)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(data=st.data(), plan=plans(max_ranks=4, max_blocks=4), rows=small_batches)
 def test_programs_train_exactly_what_one_process_trains(data: st.DataObject, plan: Plan, rows: list[list[int]]) -> None:
     target_blocks = data.draw(st.frozensets(st.integers(0, plan.num_blocks - 1)))
