@@ -282,7 +282,9 @@ class BlockwiseDistillationModule(StagedBatchModule):
         if not gradient_clip_val:
             return
         for block in range(self.num_blocks):
-            parameters = self.block_parameters(block)
+            parameters = [parameter for parameter in self.block_parameters(block) if parameter.grad is not None]
+            if not parameters:
+                continue
             if str(gradient_clip_algorithm or "norm").lower().endswith("value"):
                 nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             else:
