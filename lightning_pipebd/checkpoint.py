@@ -6,7 +6,7 @@ checkpoint has the layout that plain Lightning writes on one device: the plan le
 
 from __future__ import annotations
 
-import struct
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -142,15 +142,11 @@ def synchronise(transport: Transport, tensors: Sequence[tuple[str, Tensor]]) -> 
 
 
 def _fingerprint(tensor: Tensor) -> bytes:
-    if tensor.numel() == 0 or tensor.is_meta:
+    if tensor.is_meta:
         return b""
-    flat = tensor.detach().reshape(-1)
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).reshape(-1)
-    # Two sums, one weighted by position: equal for equal tensors, and a permutation shows.
-    weights = torch.arange(1, 1 + min(flat.numel(), 4096), device=flat.device, dtype=torch.float64)
-    values = flat.double()
-    return struct.pack("dd", values.sum().item(), (values[: len(weights)] * weights).sum().item())
+    # Of the bytes: as fast as summing the elements, and no two elements can change places unseen.
+    flat = tensor.detach().cpu().resolve_conj().contiguous().reshape(-1)
+    return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).digest()
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

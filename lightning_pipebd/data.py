@@ -65,9 +65,10 @@ def check_train_loader(loader: object) -> None:
     """Refuse loaders that already deal the data to ranks.
 
     Raises:
-        ValueError: The loader has a :class:`~torch.utils.data.DistributedSampler`.
+        ValueError: The loader, or its batch sampler, has a :class:`~torch.utils.data.DistributedSampler`.
     """
-    if isinstance(getattr(loader, "sampler", None), DistributedSampler):
+    samplers = (getattr(holder, "sampler", None) for holder in (loader, getattr(loader, "batch_sampler", None)))
+    if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
         msg = (
             "`train_dataloader` must yield the whole batch on every rank, but has a DistributedSampler. Remove it: "
             "`batch_size` is the batch of one process, and the plan says which rank loads which of its rows."

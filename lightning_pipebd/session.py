@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -22,12 +21,14 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.program import TARGETS, Kind, Program
+from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
 from lightning_pipebd.runtime.executor import Executor
-from lightning_pipebd.runtime.gradients import BlockScaler, GradientReducer
+from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
-from lightning_pipebd.runtime.transport import Lane, Transport
+from lightning_pipebd.runtime.transport import Lane, ProcessGroupTransport, Transport
+from lightning_pipebd.scaling import BlockScalers
 
 __all__ = ["TrainingSession", "plan_edges"]
 
@@ -81,7 +82,7 @@ class TrainingSession:
         self._pruned: dict[int, PrunedOptimizer] = {}
         self._train_loader: TrainLoader | HeaderLoader | None = None
         self._loader_epoch = -1
-        self._scalers: dict[int, BlockScaler] = {}
+        self._norms: SynchronisedNorms | None = None
         self._is_abandoned = False
         self._is_open = False
 
@@ -109,8 +110,8 @@ class TrainingSession:
         self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs)
         add_callback(trainer, self._metrics)
         parameters = {block: self._module.block_parameters(block) for block in self._learned}
-        self._make_scalers(parameters)
-        self._jobs = _Jobs(self._module, self._strategy, self._scalers)
+        self.scalers = BlockScalers(self._strategy.precision_plugin, parameters, self._strategy.root_device, transport)
+        self._jobs = _Jobs(self._module, self._strategy, self.scalers)
         self._executor = Executor(
             self._jobs,
             self._relay,
@@ -142,6 +143,9 @@ class TrainingSession:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
         if hasattr(self, "_metrics"):
             remove_callback(self._trainer, self._metrics)
+            self.scalers.restore()
+        if self._norms is not None:
+            self._norms.restore()
         if self._is_open and not self._is_abandoned:
             self.close()
 
@@ -162,6 +166,16 @@ class TrainingSession:
             for side in ("input", "output"):
                 if f"{side}_{block}" in self._module.adapters:
                     self._module.adapters[f"{side}_{block}"].to(home)
+
+    def synchronise_batch_norm(self, transport: ProcessGroupTransport) -> None:
+        """Let shared blocks take their batch statistics over the rows of all ranks that share them."""
+        shared = [block for block in range(self._plan.num_blocks) if len(self._plan.student_ranks(block)) > 1]
+        blocks = [
+            (self._module.block_pairs.student.blocks[block], transport.process_group(self._plan.student_ranks(block)))
+            for block in shared
+            if block in self._learned
+        ]
+        self._norms = SynchronisedNorms(self._module.student, blocks)
 
     def gather_on_device(self) -> None:
         """Have the whole student on this rank's device, for evaluation."""
@@ -198,20 +212,6 @@ class TrainingSession:
     def pruned_optimizer(self, optimizer: Optimizer) -> PrunedOptimizer:
         """Give what is known of an optimizer's layout; Lightning may pass its own wrapper of it."""
         return self._pruned[id(getattr(optimizer, "_optimizer", optimizer))]
-
-    def _make_scalers(self, parameters: dict[int, list[nn.Parameter]]) -> None:
-        plugin = self._strategy.precision_plugin
-        scaler = getattr(plugin, "scaler", None)
-        if not isinstance(plugin, MixedPrecision) or scaler is None:
-            return
-        # One scale for all blocks of a rank would let an overflow in one block skip the update of the others, and the
-        # result would depend on the plan. The plugin itself then has nothing left to scale.
-        state = scaler.state_dict()
-        for block, own in parameters.items():
-            copy = torch.amp.GradScaler(self._strategy.root_device.type)
-            copy.load_state_dict(state)
-            self._scalers[block] = BlockScaler(copy, own)
-        plugin.scaler = None
 
     # Data.
 
@@ -265,16 +265,29 @@ class TrainingSession:
         losses = self._executor.run(program, self.num_steps, {} if rows.is_empty else self._load(batch, rows))
         self.num_steps += 1
         if update:
-            for scaler in self._scalers.values():
-                scaler.unscale()
+            self.scalers.unscale()
         self._metrics.record(losses, num_rows)
 
     def _program(self, num_rows: int, *, update: bool) -> Program:
         key = (num_rows, update)
         if key not in self._programs:
+            self._check_rows(num_rows)
             programs = compile_programs(self._plan, num_rows, target_blocks=self._module.target_blocks, update=update)
             self._programs[key] = programs[self._rank]
         return self._programs[key]
+
+    def _check_rows(self, num_rows: int) -> None:
+        if self._norms is None:
+            return
+        for block in range(self._plan.num_blocks):
+            rows = self._plan.student_rows(block, num_rows)
+            if any(part.is_empty for part in rows.values()):
+                # All ranks raise alike; a rank without rows would leave the others waiting in the layer.
+                msg = (
+                    f"Each rank that shares block {block} must have a row of every batch, because its BatchNorm is "
+                    f"synchronised, but a batch has {num_rows} rows for {len(rows)} ranks. Set `drop_last=True`."
+                )
+                raise ValueError(msg)
 
     def _load(self, batch: Any, rows: Rows) -> dict[int, RowTree]:
         inputs, targets = self._module.unpack_batch(batch)
@@ -300,7 +313,7 @@ class _Jobs:
     """The module's blocks under the trainer's precision, as the executor wants them."""
 
     def __init__(
-        self, module: BlockwiseDistillationModule, strategy: ProcessGroupStrategy, scalers: dict[int, BlockScaler]
+        self, module: BlockwiseDistillationModule, strategy: ProcessGroupStrategy, scalers: BlockScalers
     ) -> None:
         self._module = module
         self._plugin = strategy.precision_plugin
@@ -320,8 +333,6 @@ class _Jobs:
             loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
         if is_part:
             loss = loss * (rows.num_rows / num_rows)
-        scaled = loss / self.num_accumulated
-        if block in self._scalers:
-            scaled = self._scalers[block].scale(scaled)
+        scaled = self._scalers.scale(block, loss / self.num_accumulated)
         self._plugin.backward(scaled, self._module, self.optimizer)
         return loss.detach()

@@ -10,10 +10,10 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,7 +27,7 @@ from lightning_pipebd.planning.explain import explain_plan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.plans import resolve_plan
 from lightning_pipebd.preflight import check_optimizers, check_trainer, require_module, warn_of_statistics
-from lightning_pipebd.runtime.transport import ProcessGroupTransport, Transport
+from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession, plan_edges
 
 __all__ = ["PipeBDStrategy"]
@@ -73,7 +73,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
             raise ValueError(f"`max_in_flight` must be at least 1, but is {max_in_flight}. Use the default of 2.")
         self._given_plan = plan
         self._max_in_flight = max_in_flight
-        self._transport: Transport | None = None
+        self._transport: ProcessGroupTransport | None = None
         self._session: TrainingSession | None = None
         self._shares_logs = False
         self._is_in_evaluation_step = False
@@ -116,6 +116,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
             self.root_device,
             edges=plan_edges(plan) if plan else (),
             groups=[plan.student_ranks(block) for block in range(plan.num_blocks)] if plan else (),
+            share_device=len(set(self.parallel_devices or ())) < self.num_processes,
         )
         self._synchronise(module)
         if plan is None:
@@ -123,6 +124,8 @@ class PipeBDStrategy(ProcessGroupStrategy):
             self.setup_precision_plugin()
             return
         self._session = TrainingSession(module, plan, self._transport, self, max_in_flight=self._max_in_flight)
+        if self.layer_sync:
+            self._session.synchronise_batch_norm(self._transport)
         self._session.place_blocks()
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -319,6 +322,15 @@ class PipeBDStrategy(ProcessGroupStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             self._pruned(optimizer).load(state)
+        assert self._session is not None
+        self._session.scalers.load(checkpoint)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """**Collective** over all ranks: complete the checkpoint, and write it on rank 0."""
+        if self._session is not None:
+            self._session.scalers.save(checkpoint)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _pruned(self, optimizer: Optimizer) -> PrunedOptimizer:
         assert self._session is not None

@@ -168,9 +168,10 @@ class BlockView(nn.Module):
             return self._evaluation_code
         if modes == {True} and self._training_code is not None:
             return self._training_code
-        law = "be in `eval()`" if self._training_code is None else "be all in `train()` or all in `eval()`"
         paths = ", ".join(f"`{path}`" if path else "the model" for path in self._opened)
-        msg = f"{self._subject} does other operations in `train()`, so {paths} must {law}, but they are not."
+        msg = f"{self._subject} does not do the same in `train()` and in `eval()`: {paths} must be all in one of them."
+        if self._training_code is None:
+            msg = f"{self._subject} could be cut for `eval()` only: {paths} must be in `eval()`, but are not."
         raise RuntimeError(msg)
 
     def _pack(self, code: BlockCode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from lightning_pipebd.runtime.block_view import BlockView, WholeBoundary
+from lightning_pipebd.runtime.tracing import PartitionError
 
-__all__ = ["CallableBlock", "Partition", "call_block", "make_partition"]
+__all__ = ["CallableBlock", "Partition", "UncutTail", "call_block", "make_partition"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +29,7 @@ class Partition:
         blocks: Block *i* maps boundary *i* to boundary *i + 1*, see :func:`call_block`. Boundary 0 is the
             model's input.
         tail: What the model does after the last boundary; ``None`` where the last boundary is the model's output, and
-            for blocks that were listed.
+            for blocks that were listed. Raises when called where it needs more than the last boundary.
         parameter_names: Per block, the names of its parameters in the model.
         buffer_names: Per block, the names of its buffers in the model, persistent or not.
     """
@@ -37,6 +38,26 @@ class Partition:
     tail: nn.Module | None
     parameter_names: tuple[tuple[str, ...], ...]
     buffer_names: tuple[tuple[str, ...], ...]
+
+
+class UncutTail(nn.Module):
+    """Stands for the end of a model that needs more than the last boundary, as a decoder with skip connections does.
+
+    Args:
+        reason: What it needs.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise the reason.
+
+        Raises:
+            PartitionError: Always.
+        """
+        raise PartitionError(self.reason)
 
 
 class CallableBlock(nn.Module):

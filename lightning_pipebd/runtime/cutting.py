@@ -29,7 +29,9 @@ class Piece:
     draws: bool
 
 
-def cut_recording(recording: Recording, boundaries: Sequence[str], role: str) -> list[Piece]:
+def cut_recording(
+    recording: Recording, boundaries: Sequence[str], role: str
+) -> tuple[list[Piece], Piece | PartitionError | None]:
     """Cut a recording after each boundary.
 
     Args:
@@ -38,8 +40,8 @@ def cut_recording(recording: Recording, boundaries: Sequence[str], role: str) ->
         role: ``"teacher"`` or ``"student"``, for messages.
 
     Returns:
-        One piece per boundary, and one more if the model computes anything after the last boundary. Every operation
-        is in exactly one piece, in the order of the model.
+        One piece per boundary, and the end: what the model does after the last boundary, ``None`` if that is nothing,
+        or why the last boundary is not all it needs. Every operation is in exactly one piece, in the model's order.
 
     Raises:
         PartitionError: Boundaries are never reached, out of order or the same; a value passes a boundary aside of it.
@@ -47,9 +49,13 @@ def cut_recording(recording: Recording, boundaries: Sequence[str], role: str) ->
     ends = _order_ends(recording, boundaries, role)
     cutter = _Cutter(recording, boundaries, ends, role)
     pieces = [cutter.cut(index) for index in range(len(ends))]
-    if cutter.nodes_of(len(ends)) or ends[-1].value != recording.ends[""].value:
-        pieces.append(cutter.cut(len(ends)))
-    return pieces
+    if not cutter.nodes_of(len(ends)) and ends[-1].value == recording.ends[""].value:
+        return pieces, None
+    try:
+        return pieces, cutter.cut(len(ends))
+    except PartitionError as error:
+        # No block's concern: a student's encoder may well be trained alone, whatever its decoder takes from it.
+        return pieces, error
 
 
 def _order_ends(recording: Recording, boundaries: Sequence[str], role: str) -> list[BoundaryEnd]:

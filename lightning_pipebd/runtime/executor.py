@@ -16,14 +16,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.relay import Relay
-from lightning_pipebd.runtime.row_trees import RowTree, find_row_leaves, join_rows, take_rows
+from lightning_pipebd.runtime.row_trees import RowTree, find_row_leaves, holds_rows, join_rows, take_rows
 
 __all__ = ["Executor", "Jobs", "Span"]
 
@@ -35,7 +35,10 @@ class Jobs(Protocol):
         """Give the next boundary."""
 
     def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
-        """Add the gradients of some rows' part of the batch's mean loss; give that part, detached."""
+        """Add the gradients of some rows' part of the batch's mean loss; give that part, detached.
+
+        A block that the program did not bring labels for may get labels or ``None``.
+        """
 
 
 class Span(NamedTuple):
@@ -129,7 +132,7 @@ class Executor:
     def _find_row_leaves(self, action: Action, boundary: RowTree, output: Any) -> tuple[bool, ...]:
         # Teaching a second number of rows is the only way to know which leaves follow the rows; once per block and
         # structure, and the frozen teacher does not notice.
-        num_leaves = len(torch.utils._pytree.tree_leaves(output))
+        num_leaves = len(pytree.tree_leaves(output))
         key = (action.index, num_leaves)
         if key not in self._row_leaves:
             num_rows = action.rows.num_rows
@@ -152,9 +155,8 @@ class Executor:
         block, rows = action.index, action.rows
         boundary = join_rows(state.boundaries[block], rows).tree
         target = join_rows(state.boundaries[block + 1], rows).tree
-        labels = state.boundaries.get(TARGETS)
-        labels_tree = join_rows(labels, rows).tree if labels else None
-        state.losses[block] = self._jobs.learn(block, boundary, target, labels_tree, rows, state.num_rows)
+        labels = state.find_labels(rows)
+        state.losses[block] = self._jobs.learn(block, boundary, target, labels, rows, state.num_rows)
 
 
 class _State:
@@ -169,6 +171,11 @@ class _State:
 
     def find(self, boundary: int, rows: Rows) -> RowTree:
         return join_rows(self.boundaries[boundary], rows)
+
+    def find_labels(self, rows: Rows) -> Any:
+        # Labels travel to the blocks that want them. Another block of this rank may find those of some of its rows.
+        pieces = self.boundaries.get(TARGETS, [])
+        return join_rows(pieces, rows).tree if holds_rows(pieces, rows) else None
 
 
 def _find_last_uses(program: Program) -> dict[int, int]:

@@ -85,6 +85,8 @@ class BlockScaler:
         if all(parameter.grad is None for parameter in probe.parameters):
             return
         probe.has_stepped = False
+        # A rank without rows of the first batch has scaled no loss yet, and the scaler knows its scale only since then.
+        self.scaler.scale(torch.zeros((), device=probe.parameters[0].device))
         self.scaler.unscale_(probe)
         self.scaler.step(probe)
         self.scaler.update()
@@ -97,7 +99,7 @@ class _ScaleProbe(torch.optim.Optimizer):
     """An optimizer that only notes whether the scaler would have let it step."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        super().__init__(list(parameters), {})
+        super().__init__([{"params": list(parameters)}], {})  # a group may be empty, and so may a block
         self.parameters = list(parameters)
         self.has_stepped = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import queue
 import threading
 from collections import defaultdict
@@ -38,9 +39,13 @@ class LocalWorld:
     def __init__(self, num_ranks: int) -> None:
         self.num_ranks = num_ranks
         self.ended: set[int] = set()
-        self.queues: dict[tuple[int, int, Lane], queue.Queue[tuple[Message, threading.Event]]] = defaultdict(
-            queue.Queue
-        )
+        # Made beforehand: two threads that make the same queue at the same time would each keep their own.
+        self.queues: dict[tuple[int, int, Lane], queue.Queue[tuple[Message, threading.Event]]] = {
+            (sender, receiver, lane): queue.Queue()
+            for sender in range(num_ranks)
+            for receiver in range(num_ranks)
+            for lane in Lane
+        }
         self._lock = threading.Condition()
         self._rounds: dict[Any, tuple[list[Any], set[int]]] = {}
         self.transports = tuple(LocalTransport(self, rank) for rank in range(num_ranks))
@@ -113,11 +118,17 @@ class LocalTransport(Transport):
 
     @override
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        tensor.detach().copy_(self.all_gather_object(tensor.detach().clone())[source])
+        values = self._gather("broadcast", tensor.detach().clone())
+        if self.rank != source:
+            tensor.detach().copy_(values[source])
 
     @override
     def all_gather_object(self, value: Any) -> list[Any]:
-        key = self._key("gather")
+        # Pickled as between processes, so that every rank gets values of its own.
+        return [pickle.loads(payload) for payload in self._gather("gather", pickle.dumps(value))]
+
+    def _gather(self, kind: str, value: Any) -> list[Any]:
+        key = self._key(kind)
         self._world.contribute(key, tuple(range(self.num_ranks)), self.rank, value)
         return self._world.collect(key, self.rank)
 

@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 
-from lightning_pipebd.runtime.transport import Lane, Message, Pending, Transport
+from lightning_pipebd.runtime.transport import Lane, Message, Pending, Transport, TransportError
 
 __all__ = ["Mailbox", "Outbox"]
 
@@ -28,7 +28,8 @@ class Mailbox:
         self._transport = transport
         self._peer = peer
         self._lane = lane
-        self._messages: queue.SimpleQueue[Message | BaseException] = queue.SimpleQueue()
+        # Ends with what was raised, or with None when the peer has closed its outbox.
+        self._messages: queue.SimpleQueue[Message | BaseException | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._collect, name=f"{lane.name.lower()}-from-{peer}", daemon=True)
         self._thread.start()
 
@@ -36,35 +37,44 @@ class Mailbox:
         """Wait for the next message.
 
         Raises:
-            TransportError: The peer has ended.
+            TransportError: The peer has ended, or has closed its outbox.
         """
-        return self._open(self._messages.get())
+        message = self._messages.get()
+        if isinstance(message, Message):
+            return message
+        self._messages.put(message)  # whoever asks again shall hear it again
+        if message is None:
+            lane = self._lane.name.lower()
+            raise TransportError(f"rank {self._peer} has closed its outbox, so no more {lane} will come")
+        raise message
 
     def drain(self) -> list[Message]:
         """Take what has arrived, without waiting.
 
         Raises:
-            TransportError: The peer has ended.
+            TransportError: The peer has ended, and all that arrived before has been taken.
         """
-        messages = []
+        messages: list[Message] = []
         while not self._messages.empty():
-            messages.append(self._open(self._messages.get()))
+            message = self._messages.get()
+            if isinstance(message, Message):
+                messages.append(message)
+                continue
+            self._messages.put(message)
+            if message is not None and not messages:
+                raise message
+            break
         return messages
 
     def close(self) -> None:
         """Wait until the peer has closed its outbox."""
         self._thread.join()
 
-    def _open(self, message: Message | BaseException) -> Message:
-        if isinstance(message, BaseException):
-            self._messages.put(message)  # whoever asks again shall hear it again
-            raise message
-        return message
-
     def _collect(self) -> None:
         try:
             while (message := self._transport.recv(self._peer, self._lane)).fields != _STOP:
                 self._messages.put(message)
+            self._messages.put(None)
         except BaseException as error:
             self._messages.put(error)
 

@@ -18,12 +18,12 @@ from torch import nn
 from lightning_pipebd.runtime.block_map import check_block_map, check_ties, resolve_paths
 from lightning_pipebd.runtime.block_traits import has_batch_statistics, is_stochastic
 from lightning_pipebd.runtime.block_view import BlockView
-from lightning_pipebd.runtime.blocks import CallableBlock, Partition, call_block, make_partition
+from lightning_pipebd.runtime.blocks import CallableBlock, Partition, UncutTail, call_block, make_partition
 from lightning_pipebd.runtime.boundary_shapes import boundary_shapes, check_shapes
 from lightning_pipebd.runtime.cutting import Piece, cut_recording
 from lightning_pipebd.runtime.listed_blocks import explicit_blocks
 from lightning_pipebd.runtime.recording import record
-from lightning_pipebd.runtime.tracing import PartitionError, name_module, way_out
+from lightning_pipebd.runtime.tracing import PartitionError
 
 __all__ = [
     "BlockView",
@@ -72,30 +72,37 @@ def cut_model(model: nn.Module, boundaries: Sequence[str], *, role: str = "stude
     if paths == [""]:
         return make_partition(model, (model,), None)
     evaluation = record(model, paths, role=role, training=False)
-    pieces = cut_recording(evaluation, paths, role)
+    pieces, end = cut_recording(evaluation, paths, role)
+    training_pieces: Sequence[Piece | None]
     try:
-        training_pieces = _cut_for_training(model, paths, len(pieces), role)
+        training_pieces, training_end = cut_recording(record(model, paths, role=role, training=True), paths, role)
+        ends = [end, training_end]
     except PartitionError:
         if role != "teacher":
             raise
-        training_pieces = [None] * len(pieces)
-    subjects = [*(f"block {index} of the {role}" for index in range(len(paths))), f"the end of the {role}"]
-    views = [
-        _make_view(model, subject, evaluation.opened, piece, training_piece)
-        for subject, piece, training_piece in zip(subjects[: len(pieces)], pieces, training_pieces, strict=True)
-    ]
-    return make_partition(model, tuple(views[: len(paths)]), views[len(paths)] if len(views) > len(paths) else None)
+        training_pieces, ends = [None] * len(pieces), [end]
+    blocks = tuple(
+        _make_view(model, f"block {index} of the {role}", evaluation.opened, piece, training_piece)
+        for index, (piece, training_piece) in enumerate(zip(pieces, training_pieces, strict=True))
+    )
+    return make_partition(model, blocks, _make_tail(model, f"the end of the {role}", evaluation.opened, ends))
 
 
-def _cut_for_training(model: nn.Module, paths: Sequence[str], num_pieces: int, role: str) -> Sequence[Piece | None]:
-    pieces = cut_recording(record(model, paths, role=role, training=True), paths, role)
-    if len(pieces) != num_pieces:
-        msg = (
-            f"{name_module('', role)} must do the same after its last boundary in `train()` and in `eval()`, but "
-            f"computes something there in one of them only. {way_out(role)}"
+def _make_tail(
+    model: nn.Module, subject: str, opened: tuple[str, ...], ends: Sequence[Piece | PartitionError | None]
+) -> nn.Module | None:
+    """Make what follows the last boundary; ``ends`` has an entry for each mode the model was cut for."""
+    for end in ends:
+        if isinstance(end, PartitionError):
+            return UncutTail(str(end))
+    pieces = [end for end in ends if isinstance(end, Piece)]
+    if not pieces:
+        return None
+    if len(pieces) < len(ends):
+        return UncutTail(
+            f"{subject} must be the same in `train()` and in `eval()`, but there is one in one of them only."
         )
-        raise PartitionError(msg)
-    return pieces
+    return _make_view(model, subject, opened, pieces[0], pieces[1] if len(pieces) > 1 else None)
 
 
 def _make_view(

@@ -1,8 +1,9 @@
 """The relay: boundaries travel from the rank that computed them to the ranks that need them.
 
 One thread per sending peer waits for messages and puts them on a shelf, so that a boundary is there before the main
-thread asks for it. The shelf is small: a message of a step that lies too far ahead stays with its sender, who then
-waits. Ranks thereby run ahead of each other, but only by a bounded number of steps.
+thread asks for it. The shelf is small: the first message of a step that lies too far ahead stays in the thread's hand,
+what follows it stays with the sender, who then waits. Ranks thereby run ahead of each other, but only by a bounded
+number of steps.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Relay:
         transport: Carries the messages.
         sources: Ranks that send boundaries to this one.
         destinations: Ranks that receive boundaries from this one.
-        max_in_flight: Steps by which a sender may be ahead of its receiver before it waits, at least 1.
+        max_in_flight: Steps that a receiver may have on its shelf (the present one included), and steps that a sender
+            may have under way to it, at least 1 each. While a receiver is at step ``k``, a sender of one message per
+            step completes its sends up to step ``k + 2 * max_in_flight``, and then waits.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Relay:
         self._shelf: dict[tuple[int, int, int, Rows], RowTree] = {}
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
+        self._finished: set[int] = set()
         self._is_closed = False
         self._outbox: dict[int, deque[tuple[int, Pending]]] = {peer: deque() for peer in self._destinations}
         self._threads = [
@@ -67,19 +71,22 @@ class Relay:
         while outbox and outbox[0][0] <= step - self._max_in_flight:
             self._finish(outbox.popleft()[1])
         message = Message((step, boundary, piece.rows.start, piece.rows.stop), (piece.tree, piece.row_leaves))
-        outbox.append((step, self._transport.send(message, peer, Lane.RELAY)))
+        outbox.append((step, self._start(message, peer)))
 
     def recv(self, step: int, boundary: int, rows: Rows, peer: int) -> RowTree:
         """Wait for a boundary.
 
         Raises:
-            RelayError: The peer has ended, or the connection to it.
+            RelayError: A peer has ended, or the connection to it; or the peer has said that nothing more will come.
         """
         key = (step, peer, boundary, rows)
+        subject = f"boundary {boundary} (rows {rows}) of step {step} will not arrive from rank {peer}"
         with self._changed:
             while key not in self._shelf:
                 if self._failure is not None:
-                    raise RelayError(str(self._failure)) from self._failure
+                    raise RelayError(f"{subject}: {self._failure}") from self._failure
+                if peer in self._finished:
+                    raise RelayError(f"{subject}: it has closed its relay after its last step")
                 self._changed.wait()
             return self._shelf.pop(key)
 
@@ -89,13 +96,13 @@ class Relay:
         Raises:
             RelayError: A peer ended before it had received everything.
         """
-        for peer, outbox in self._outbox.items():
-            while outbox:
-                self._finish(outbox.popleft()[1])
-            self._finish(self._transport.send(Message(_STOP), peer, Lane.RELAY))
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+        try:
+            for peer, outbox in self._outbox.items():
+                while outbox:
+                    self._finish(outbox.popleft()[1])
+                self._finish(self._start(Message(_STOP), peer))
+        finally:
+            self.abandon()
         for thread in self._threads:
             thread.join()
 
@@ -105,6 +112,12 @@ class Relay:
             self._is_closed = True
             self._changed.notify_all()
 
+    def _start(self, message: Message, peer: int) -> Pending:
+        try:
+            return self._transport.send(message, peer, Lane.RELAY)
+        except TransportError as error:
+            raise RelayError(str(error)) from error
+
     def _finish(self, pending: Pending) -> None:
         try:
             pending.wait()
@@ -113,11 +126,11 @@ class Relay:
 
     def _receive(self, peer: int) -> None:
         try:
-            while True:
-                message = self._transport.recv(peer, Lane.RELAY)
-                if message.fields == _STOP:
-                    return
+            while (message := self._transport.recv(peer, Lane.RELAY)).fields != _STOP:
                 self._put(peer, message)
+            with self._changed:
+                self._finished.add(peer)
+                self._changed.notify_all()
         except BaseException as error:
             with self._changed:
                 self._failure = self._failure or error

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_pipebd.planning.plan import Rows
 
-__all__ = ["RowTree", "count_rows", "find_row_leaves", "join_rows", "leading_row_leaves", "take_rows"]
+__all__ = ["RowTree", "count_rows", "find_row_leaves", "holds_rows", "join_rows", "leading_row_leaves", "take_rows"]
 
 
 class RowTree:
@@ -57,7 +57,7 @@ def count_rows(tree: Any) -> int:
 
 
 def leading_row_leaves(tree: Any, num_rows: int) -> tuple[bool, ...]:
-    """Tell which leaves of a collated batch have one entry per row: tensors and lists of that length."""
+    """Tell which leaves of a collated batch have one entry per row: tensors whose first dimension has that length."""
     return tuple(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_rows for leaf in _leaves(tree))
 
 
@@ -72,7 +72,7 @@ def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int,
         subject: Names the block in the error.
 
     Raises:
-        ValueError: A leaf follows the number of rows in another dimension than the first.
+        ValueError: A tensor follows the number of rows in another dimension than the first, or a number follows it.
 
     Example:
         >>> find_row_leaves(
@@ -82,7 +82,10 @@ def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int,
     """
     flags = []
     for whole, part in zip(_leaves(output), _leaves(probe), strict=True):
-        if not isinstance(whole, Tensor) or whole.shape == part.shape:
+        if not isinstance(whole, Tensor):
+            _check_constant(whole, part, num_rows, num_probe_rows, subject)
+            flags.append(False)
+        elif whole.shape == part.shape:
             flags.append(False)
         elif whole.shape[1:] == part.shape[1:] and (whole.shape[0], part.shape[0]) == (num_rows, num_probe_rows):
             flags.append(True)
@@ -94,6 +97,17 @@ def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int,
             )
             raise ValueError(msg)
     return tuple(flags)
+
+
+def _check_constant(whole: Any, part: Any, num_rows: int, num_probe_rows: int, subject: str) -> None:
+    # A number cannot be cut or joined, and a block that is told of 64 rows while it gets 32 computes something else.
+    if isinstance(whole, (int, float)) and whole != part:
+        msg = (
+            f"`{subject}` must give numbers that are the same for any number of rows, but gave {whole!r} for "
+            f"{num_rows} rows and {part!r} for {num_probe_rows}. Use a plan that keeps all rows of a block on one rank, or let "
+            "the next block read the number off a tensor's shape."
+        )
+        raise ValueError(msg)
 
 
 def take_rows(piece: RowTree, rows: Rows) -> RowTree:
@@ -127,6 +141,15 @@ def join_rows(pieces: Sequence[RowTree], rows: Rows) -> RowTree:
     leaves = zip(*(_leaves(piece.tree) for piece in taken), strict=True)
     joined = [torch.cat(parts) if flag else parts[0] for flag, parts in zip(flags, leaves, strict=True)]
     return RowTree(rows, pytree.tree_unflatten(joined, pytree.tree_structure(taken[0].tree)), flags)
+
+
+def holds_rows(pieces: Sequence[RowTree], rows: Rows) -> bool:
+    """Tell whether pieces together hold ``rows``."""
+    position = rows.start
+    for piece in sorted(pieces, key=lambda piece: piece.rows):
+        if piece.rows.start <= position:
+            position = max(position, piece.rows.stop)
+    return position >= rows.stop
 
 
 def _known(piece: RowTree) -> tuple[bool, ...]:

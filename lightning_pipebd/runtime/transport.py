@@ -9,7 +9,8 @@ from __future__ import annotations
 import pickle
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol
@@ -56,7 +57,10 @@ class Pending(Protocol):
 
 
 class Transport(ABC):
-    """What a rank can do with other ranks."""
+    """What a rank can do with other ranks.
+
+    Whatever waits for a rank that has ended raises :class:`TransportError`; so may whatever is begun with it.
+    """
 
     rank: int
     num_ranks: int
@@ -92,12 +96,20 @@ class _Works:
 
     def wait(self) -> None:
         try:
-            for work in self._works:
-                work.wait()
-        except RuntimeError as error:
-            raise TransportError(f"{self._subject} failed: {error}") from error
+            with _reported(self._subject):
+                for work in self._works:
+                    work.wait()
         finally:
             self._works, self._tensors = [], []
+
+
+@contextmanager
+def _reported(subject: str) -> Iterator[None]:
+    # torch raises plain errors, when an operation begins as well as while it is waited for.
+    try:
+        yield
+    except RuntimeError as error:
+        raise TransportError(f"{subject} failed: {error}") from error
 
 
 class ProcessGroupTransport(Transport):
@@ -142,28 +154,28 @@ class ProcessGroupTransport(Transport):
     @override
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:
         leaves, spec = pytree.tree_flatten(message.tree)
-        tensors = [leaf.detach().contiguous() for leaf in leaves if isinstance(leaf, Tensor)]
+        tensors = [_plain(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
         layout = pickle.dumps((spec, [_describe(leaf) for leaf in leaves]))
         number, is_new = self._sent.setdefault((peer, lane), _LayoutBook()).number(layout)
         blob = [torch.frombuffer(bytearray(layout), dtype=torch.uint8)] if is_new else []
         header = torch.tensor([*message.fields, number, len(layout) if is_new else 0], dtype=torch.int64)
         tensors = [header, *blob, *(tensor for tensor in tensors if tensor.numel())]
+        subject = f"sending from rank {self.rank} to rank {peer}"
         works = []
-        for index, tensor in enumerate(tensors):
-            edge = self._edges.get((self.rank, peer)) if tensor.is_cuda and lane is Lane.RELAY else None
-            if edge is None:
-                tensors[index] = tensor = tensor.cpu()
-                works.append(dist.isend(tensor, peer, group=self._messages, tag=int(lane)))
-            else:
-                works.append(dist.isend(tensor, peer, group=edge))
-        return _Works(works, tensors, f"sending from rank {self.rank} to rank {peer}")
+        with _reported(subject):
+            for index, tensor in enumerate(tensors):
+                edge = self._edges.get((self.rank, peer)) if tensor.is_cuda and lane is Lane.RELAY else None
+                if edge is None:
+                    tensors[index] = tensor = tensor.cpu()
+                    works.append(dist.isend(tensor, peer, group=self._messages, tag=int(lane)))
+                else:
+                    works.append(dist.isend(tensor, peer, group=edge))
+        return _Works(works, tensors, subject)
 
     @override
     def recv(self, peer: int, lane: Lane) -> Message:
-        try:
+        with _reported(f"receiving on rank {self.rank} from rank {peer}"):
             return self._recv(peer, lane)
-        except RuntimeError as error:
-            raise TransportError(f"rank {self.rank} lost rank {peer}: {error}") from error
 
     def _recv(self, peer: int, lane: Lane) -> Message:
         header = self._recv_host(torch.empty(_NUM_FIELDS + 2, dtype=torch.int64), peer, lane).tolist()
@@ -208,20 +220,29 @@ class ProcessGroupTransport(Transport):
 
     @override
     def all_reduce(self, tensor: Tensor, ranks: tuple[int, ...]) -> Pending:
-        work = dist.all_reduce(tensor, group=self._groups[ranks], async_op=True)
-        return _Works([work], [tensor], f"reducing over ranks {ranks}")
+        subject = f"reducing over ranks {ranks}"
+        with _reported(subject):
+            work = dist.all_reduce(tensor, group=self._groups[ranks], async_op=True)
+        return _Works([work], [tensor], subject)
+
+    def process_group(self, ranks: tuple[int, ...]) -> Any:
+        """Give torch's group of some ranks that reduce together, for layers that exchange statistics by themselves."""
+        return self._groups[ranks]
 
     @override
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        host = tensor.detach().cpu().contiguous()
-        dist.broadcast(host, source, group=self._control)
-        if host.data_ptr() != tensor.data_ptr():
+        host = _plain(tensor).cpu()
+        with _reported(f"broadcasting from rank {source}"):
+            # As bytes: gloo has collectives for few element types.
+            dist.broadcast(host.reshape(-1).view(torch.uint8), source, group=self._control)
+        if self.rank != source and host.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(host)
 
     @override
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(values, value, group=self._control)
+        with _reported(f"gathering on rank {self.rank}"):
+            dist.all_gather_object(values, value, group=self._control)
         return values
 
 
@@ -233,6 +254,11 @@ class _TensorLayout(NamedTuple):
     @property
     def num_elements(self) -> int:
         return torch.Size(self.shape).numel()
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Give the tensor with its memory as its values say: dense, and neither conjugated nor negated when read."""
+    return tensor.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _describe(leaf: Any) -> Any:

@@ -95,9 +95,17 @@ def test_a_boundary_inside_a_residual_block_is_refused() -> None:
 
 
 def test_a_model_input_that_is_used_later_is_refused() -> None:
-    model = container(lambda self, x: self.b(self.a(x)) + x)
-    with pytest.raises(PartitionError, match=r"the end .* `b`, but also needs the model's input `x`, used by `add`"):
-        cut_model(model, ["a", "b"])
+    model = Container(lambda self, x: self.last(self.a(x) + x), a=linear(), last=linear())
+    with pytest.raises(PartitionError, match=r"block 1 .* `a`, but also needs the model's input `x`, used by `add`"):
+        cut_model(model, ["a", "last"])
+
+
+def test_what_follows_the_last_boundary_is_refused_only_when_it_is_called() -> None:
+    model, x = container(lambda self, x: self.b(self.a(x)) + x), torch.randn(2, 3)
+    partition = cut_model(model, ["a", "b"])
+    assert torch.equal(call_block(partition.blocks[1], call_block(partition.blocks[0], x)) + x, model(x))
+    with pytest.raises(PartitionError, match=r"the end of the student .* `b`, but also needs the model's input `x`"):
+        run_in_a_row(partition, x)
 
 
 def remember_shape(self: Any, x: Tensor) -> Tensor:
@@ -238,7 +246,7 @@ def test_an_opened_container_at_a_boundary_must_return_tensors(
     inner = container(function)
     model = Container(lambda self, x: self.last(use_any(self.inner(x))), inner=inner, last=linear())
     with pytest.raises(PartitionError, match=rf"`inner` of the student must return .*{finding}"):
-        cut_model(model, ["inner.a", "inner"])
+        cut_model(model, ["inner.a", "inner", "last"])
 
 
 def use_any(value: Any) -> Any:
@@ -265,14 +273,14 @@ def ends_early_in_evaluation(self: Any, x: Tensor) -> Tensor:
 
 
 def skips_in_training(self: Any, x: Tensor) -> Tensor:
-    hidden = self.a(x)
-    output: Tensor = self.b(hidden) + x if self.training else self.b(hidden)
+    output: Tensor = self.b(self.a(x) + x if self.training else self.a(x))
     return output
 
 
-def test_a_student_must_end_alike_in_both_modes() -> None:
-    with pytest.raises(PartitionError, match=r"`student` must do the same after its last boundary in `train\(\)` and"):
-        cut_model(container(ends_early_in_evaluation), ["a"])
+def test_an_end_of_one_mode_only_is_refused_when_it_is_called() -> None:
+    partition = cut_model(container(ends_early_in_evaluation), ["a"])
+    with pytest.raises(PartitionError, match=r"end of the student must be the same in `train\(\)` and in `eval\(\)`"):
+        run_in_a_row(partition, torch.randn(2, 3))
 
 
 def test_a_student_must_be_cut_in_both_modes() -> None:
@@ -280,15 +288,16 @@ def test_a_student_must_be_cut_in_both_modes() -> None:
         cut_model(container(skips_in_training), ["a", "b"])
 
 
-@pytest.mark.parametrize("function", [ends_early_in_evaluation, skips_in_training])
-def test_a_teacher_that_can_only_be_cut_for_evaluation_refuses_to_run_in_training(
-    function: Callable[[Any, Any], Any],
-) -> None:
-    teacher, x = container(function).eval(), torch.randn(2, 3)
+def test_a_teacher_that_can_only_be_cut_for_evaluation_refuses_to_run_in_training() -> None:
+    teacher, x = container(skips_in_training).eval(), torch.randn(2, 3)
     partition = cut_model(teacher, ["a"], role="teacher")
+    assert torch.equal(call_block(partition.blocks[0], x), teacher.get_submodule("a")(x))
+    partition = cut_model(teacher, ["a", "b"], role="teacher")
     assert torch.equal(run_in_a_row(partition, x), teacher(x))
     teacher.train()
-    with pytest.raises(RuntimeError, match=r"block 0 of the teacher .* the model must be in `eval\(\)`, but"):
+    with pytest.raises(
+        RuntimeError, match=r"block 0 of the teacher could be cut for .* the model must be in `eval\(\)`, but"
+    ):
         call_block(partition.blocks[0], x)
 
 
@@ -297,7 +306,7 @@ def test_containers_in_different_modes_are_refused_where_the_mode_matters() -> N
     partition, x = cut_model(model, ["inner.a", "last"]), torch.randn(2, 3)
     model.get_submodule("inner").eval()
     hidden = call_block(partition.blocks[0], x)
-    with pytest.raises(RuntimeError, match=r"block 1 .* the model, `inner` must be all in `train\(\)` or all in `eval"):
+    with pytest.raises(RuntimeError, match=r"block 1 of .* the model, `inner` must be all in one of them"):
         call_block(partition.blocks[1], hidden)
 
 

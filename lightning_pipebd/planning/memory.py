@@ -1,0 +1,136 @@
+"""The memory model: what a rank holds while it works off its program.
+
+    weights    parameters of all its blocks, gradients and optimizer state of its student blocks, and a second copy of
+               the gradients that are under way in a REDUCE
+    working    the most that is alive at one action: boundaries from the action that brings them to their last use, and
+               what the teacher or student block itself needs
+    queues     `max_in_flight` steps of everything the rank sends and receives: a sender keeps what was not received,
+               a receiver has what came early
+
+The queues are what they can be, not what they are on average: the limit shall hold on the worst day, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from lightning_pipebd.planning.costs import CostTable
+from lightning_pipebd.planning.plan import Plan
+from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
+
+__all__ = ["MemoryUse", "rank_memory"]
+
+
+class MemoryUse(NamedTuple):
+    """What one rank holds, in bytes."""
+
+    weight_bytes: int
+    working_bytes: int
+    queue_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The rank's peak."""
+        return self.weight_bytes + self.working_bytes + self.queue_bytes
+
+
+def rank_memory(
+    plan: Plan,
+    program: Program,
+    costs: CostTable,
+    *,
+    max_in_flight: int = 2,
+    target_blocks: Collection[int] = (),
+) -> MemoryUse:
+    """Give what one rank holds at its peak.
+
+    Args:
+        plan: Which blocks the rank keeps.
+        program: The rank's program for one batch.
+        costs: Sizes of blocks and boundaries.
+        max_in_flight: Steps by which a sender may be ahead of its receiver.
+        target_blocks: Student blocks whose loss reads the labels.
+
+    Example:
+        >>> from lightning_pipebd.planning.compiler import compile_programs
+        >>> from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, CostTable, Curve, DeviceTimes
+        >>> times = BlockTimes(teach_ms=Curve([(1, 1.0)]), learn_ms=Curve([(1, 1.0)]))
+        >>> block = BlockSizes(name="only", teacher_parameter_bytes=100, learn_bytes_per_row=7)
+        >>> devices = [DeviceTimes(device_class="default", blocks=[times])]
+        >>> costs = CostTable(blocks=[block], devices=devices, boundary_bytes_per_row=[2, 3])
+        >>> plan = Plan.straight([1])
+        >>> rank_memory(plan, compile_programs(plan, 10)[0], costs)
+        MemoryUse(weight_bytes=100, working_bytes=120, queue_bytes=0)
+    """
+    return MemoryUse(
+        _weight_bytes(plan, program, costs),
+        _working_bytes(program, costs, has_targets=bool(target_blocks)),
+        max_in_flight
+        * sum(
+            boundary_bytes(costs, action.index) * action.rows.num_rows
+            for action in program.actions
+            if action.kind in (Kind.SEND, Kind.RECV)
+        ),
+    )
+
+
+def boundary_bytes(costs: CostTable, boundary: int) -> int:
+    """Give the bytes per row of a boundary, or of the labels."""
+    return costs.target_bytes_per_row if boundary == TARGETS else costs.boundary_bytes_per_row[boundary]
+
+
+def _weight_bytes(plan: Plan, program: Program, costs: CostTable) -> int:
+    total = 0
+    for block, sizes in enumerate(costs.blocks):
+        if any(rank == program.rank for rank, _ in plan.teacher[block]):
+            total += sizes.teacher_parameter_bytes
+        if any(rank == program.rank for rank, _ in plan.student[block]):
+            total += sizes.student_parameter_bytes + sizes.gradient_bytes + sizes.optimizer_bytes
+    reduced = (action.index for action in program.actions if action.kind is Kind.REDUCE)
+    return total + sum(costs.blocks[block].gradient_bytes for block in reduced)
+
+
+def _working_bytes(program: Program, costs: CostTable, *, has_targets: bool) -> int:
+    ends: dict[int, list[int]] = {}
+    for boundary, last in _last_uses(program).items():
+        ends.setdefault(last, []).append(boundary)
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for index, action in enumerate(program.actions):
+        for boundary in _brings(action, has_targets=has_targets):
+            size = boundary_bytes(costs, boundary) * action.rows.num_rows
+            alive[boundary] = alive.get(boundary, 0) + size
+            total += size
+        peak = max(peak, total + _transient_bytes(action, costs))
+        for boundary in ends.get(index, ()):
+            total -= alive.pop(boundary, 0)
+    return peak
+
+
+def _brings(action: Action, *, has_targets: bool) -> tuple[int, ...]:
+    if action.kind is Kind.LOAD:
+        return (0, TARGETS) if has_targets else (0,)
+    if action.kind is Kind.TEACH:
+        return (action.index + 1,)
+    return (action.index,) if action.kind is Kind.RECV else ()
+
+
+def _transient_bytes(action: Action, costs: CostTable) -> int:
+    if action.kind is Kind.TEACH:
+        return costs.blocks[action.index].teach_bytes_per_row * action.rows.num_rows
+    if action.kind is Kind.LEARN:
+        return costs.blocks[action.index].learn_bytes_per_row * action.rows.num_rows
+    return 0
+
+
+def _last_uses(program: Program) -> dict[int, int]:
+    last: dict[int, int] = {}
+    for index, action in enumerate(program.actions):
+        if action.kind in (Kind.RECV, Kind.SEND):
+            last[action.index] = index
+        elif action.kind is Kind.TEACH:
+            last[action.index] = last[action.index + 1] = index
+        elif action.kind is Kind.LEARN:
+            last[action.index] = last[action.index + 1] = last[TARGETS] = index
+    return last

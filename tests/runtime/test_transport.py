@@ -1,0 +1,327 @@
+"""What every transport does alike: each scenario runs over threads and over real processes, and one class judges both.
+
+All scenarios run in one launch, so that the processes are started once.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_pipebd.runtime.local_transport import LocalWorld
+from lightning_pipebd.runtime.transport import Lane, Message, ProcessGroupTransport, Transport
+from tests.helpers.ranks import RankError, run_processes, run_threads
+
+NUM_RANKS = 3
+GROUPS = ((0, 2), (0, 1, 2))
+NUM_LAYOUTS = 150  # more than a transport remembers
+Scenario = Callable[[Transport], Any]
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Any
+
+
+def make_tree() -> Any:
+    """A tree with every kind of leaf that a boundary may have."""
+    wide = torch.arange(24.0).reshape(4, 6)
+    return {
+        "nested": (wide, [torch.ones(2, dtype=torch.bool), {"deep": torch.arange(3)}], Pair(wide[0], None)),
+        "plain": (None, 7, 0.5, "text", True),
+        "dtypes": [wide.to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.int16, torch.complex64)],
+        "scalar": torch.tensor(3.0, dtype=torch.float64),
+        "empty": (torch.empty(0), torch.empty(2, 0, 3, dtype=torch.int64), (), {}),
+        "views": (wide.t(), wide[:, ::2], wide[1:2].expand(3, 6)),
+        "lazy": (torch.tensor([1 + 2j, 3 - 4j]).conj(), torch.tensor([1 + 2j, 3 - 4j]).conj().imag),
+        "leaf": torch.nn.Parameter(torch.ones(2)),
+    }
+
+
+def values_of(tree: Any) -> Any:
+    """The tree with every tensor as (dtype, shape, values), which `==` compares."""
+    return pytree.tree_map_only(Tensor, lambda leaf: (leaf.dtype, tuple(leaf.shape), leaf.tolist()), tree)
+
+
+def send_in_order(transport: Transport) -> list[int]:
+    if transport.rank == 0:
+        pending = [transport.send(Message((index, 0, 0, 0), torch.ones(index)), 1, Lane.RELAY) for index in range(20)]
+        [each.wait() for each in pending]
+    return [transport.recv(0, Lane.RELAY).fields[0] for _ in range(20)] if transport.rank == 1 else []
+
+
+def receive_lanes_backwards(transport: Transport) -> list[str]:
+    if transport.rank == 0:
+        pending = [transport.send(Message((0, 0, 0, 0), lane.name), 1, lane) for lane in Lane]
+        [each.wait() for each in pending]
+    return [transport.recv(0, lane).tree for lane in reversed(Lane)] if transport.rank == 1 else []
+
+
+def receive_peers_backwards(transport: Transport) -> list[int]:
+    if transport.rank != 1:
+        transport.send(Message((transport.rank, 0, 0, 0)), 1, Lane.RELAY).wait()
+        return []
+    return [transport.recv(peer, Lane.RELAY).fields[0] for peer in (2, 0)]
+
+
+def send_tree(transport: Transport) -> Any:
+    if transport.rank == 0:
+        transport.send(Message((-1, 2**40, 0, -(2**62)), make_tree()), 1, Lane.STATE).wait()
+    return transport.recv(0, Lane.STATE) if transport.rank == 1 else None
+
+
+def change_layouts(transport: Transport) -> list[tuple[int, int]]:
+    """Ranks 0 and 1 send each other ever changing layouts, between which one comes again and again."""
+    if transport.rank == 2:
+        return []
+    peer, seen = 1 - transport.rank, []
+    for index in range(2 * NUM_LAYOUTS):
+        size = 0 if index % 3 == 0 else index % NUM_LAYOUTS
+        sending = transport.send(Message((0, 0, 0, 0), {"x": torch.zeros(size), "size": size}), peer, Lane.RELAY)
+        tree = transport.recv(peer, Lane.RELAY).tree
+        seen.append((len(tree["x"]), tree["size"]))
+        sending.wait()
+    return seen
+
+
+def receive_in_threads(transport: Transport) -> dict[tuple[int, str], list[int]]:
+    """Every rank sends to every other on every lane, and has one thread per peer and lane."""
+    ways = [(peer, lane) for peer in range(NUM_RANKS) if peer != transport.rank for lane in Lane]
+    seen: dict[tuple[int, str], list[int]] = {(peer, lane.name): [] for peer, lane in ways}
+
+    def receive(peer: int, lane: Lane) -> None:
+        seen[peer, lane.name] += [int(transport.recv(peer, lane).tree.sum()) for _ in range(20)]
+
+    threads = [threading.Thread(target=receive, args=way) for way in ways]
+    [thread.start() for thread in threads]
+    pending = [
+        transport.send(Message((0, 0, 0, 0), torch.full((index + 1,), 1.0)), peer, lane)
+        for index in range(20)
+        for peer, lane in ways
+    ]
+    [each.wait() for each in pending]
+    [thread.join() for thread in threads]
+    return seen
+
+
+def receive_late(transport: Transport) -> list[bool]:
+    """Rank 1 receives only what rank 0 sent later; rank 0 notes whether the first send was done by then, and after."""
+    if transport.rank == 0:
+        first = transport.send(Message((0, 0, 0, 0), torch.ones(3)), 1, Lane.RELAY)
+        waiter = threading.Thread(target=first.wait)
+        waiter.start()
+        transport.send(Message((0, 0, 0, 0)), 1, Lane.STATE).wait()
+        transport.recv(1, Lane.STATE)
+        before = waiter.is_alive()
+        transport.send(Message((0, 0, 0, 0)), 1, Lane.STATE).wait()
+        waiter.join()
+        return [before, waiter.is_alive()]
+    if transport.rank == 1:
+        transport.recv(0, Lane.STATE)
+        transport.send(Message((0, 0, 0, 0)), 0, Lane.STATE).wait()
+        transport.recv(0, Lane.STATE)
+        transport.recv(0, Lane.RELAY)
+    return []
+
+
+def reduce_in_groups(transport: Transport) -> list[Any]:
+    """Two reductions of one group and one of all are under way at once, and waited for last to first."""
+    tensors = [torch.full((2,), transport.rank + 1.0, dtype=dtype) for dtype in (torch.float64, torch.complex64)]
+    tensors.append(torch.full((3,), transport.rank + 1.0, dtype=torch.bfloat16))
+    pending = [transport.all_reduce(tensors[2], (0, 1, 2))]
+    if transport.rank != 1:
+        pending += [transport.all_reduce(tensor, (0, 2)) for tensor in tensors[:2]]
+    [each.wait() for each in reversed(pending)]
+    return [values_of(tensor) for tensor in tensors]
+
+
+def broadcast_leaves(transport: Transport) -> Any:
+    theirs = [leaf for leaf in pytree.tree_leaves(make_tree()) if isinstance(leaf, Tensor)]
+    # No `zeros_like`: it would take over the strides of an expanded view, whose elements share memory.
+    mine = [leaf if transport.rank == 1 else torch.zeros(leaf.shape, dtype=leaf.dtype) for leaf in theirs]
+    for leaf in mine:
+        transport.broadcast(leaf, 1)
+    return values_of(mine)
+
+
+def broadcast_into_view(transport: Transport) -> list[list[float]]:
+    whole = torch.full((2, 3), float(transport.rank))
+    transport.broadcast(whole[:, 1], 2)
+    return whole.tolist()
+
+
+def gather_values(transport: Transport) -> list[Any]:
+    mine = {"rank": transport.rank, "tensor": torch.ones(1)}
+    everyone = transport.all_gather_object(mine)
+    for value in everyone:
+        value["tensor"] += transport.rank  # must not reach the other ranks
+    return [(value["rank"], value["tensor"].item()) for value in transport.all_gather_object(mine)]
+
+
+SCENARIOS: list[Scenario] = [
+    send_in_order,
+    receive_lanes_backwards,
+    receive_peers_backwards,
+    send_tree,
+    change_layouts,
+    receive_in_threads,
+    receive_late,
+    reduce_in_groups,
+    broadcast_leaves,
+    broadcast_into_view,
+    gather_values,
+]
+
+
+def run_scenarios(transport: Transport) -> dict[str, Any]:
+    return {scenario.__name__: scenario(transport) for scenario in SCENARIOS}
+
+
+def call_in_thread(rank: int, world: LocalWorld, function: Scenario) -> Any:
+    return function(world.transports[rank])
+
+
+def over_threads(function: Scenario) -> list[Any]:
+    return run_threads(NUM_RANKS, call_in_thread, LocalWorld(NUM_RANKS), function)
+
+
+def call_in_process(rank: int, function: Scenario) -> Any:
+    torch.distributed.init_process_group("gloo")
+    return function(ProcessGroupTransport(torch.device("cpu"), groups=GROUPS))
+
+
+def over_processes(function: Scenario) -> list[Any]:
+    return run_processes(NUM_RANKS, call_in_process, function)
+
+
+@pytest.fixture(
+    scope="class", params=[over_threads, pytest.param(over_processes, marks=pytest.mark.spawn)], ids=["threads", "gloo"]
+)
+def seen(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
+    """What each rank saw in each scenario."""
+    everyone = request.param(run_scenarios)
+    return {name: [mine[name] for mine in everyone] for name in everyone[0]}
+
+
+Seen = dict[str, list[Any]]
+
+
+class TestTransport:
+    def test_messages_of_a_lane_arrive_in_the_order_of_sending(self, seen: Seen) -> None:
+        assert seen["send_in_order"][1] == list(range(20))
+
+    def test_lanes_do_not_wait_for_each_other(self, seen: Seen) -> None:
+        assert seen["receive_lanes_backwards"][1] == ["STATE", "METRICS", "HEADERS", "RELAY"]
+
+    def test_peers_do_not_wait_for_each_other(self, seen: Seen) -> None:
+        assert seen["receive_peers_backwards"][1] == [2, 0]
+
+    def test_tree_arrives_with_its_structure_types_and_values(self, seen: Seen) -> None:
+        fields, tree = seen["send_tree"][1]
+        assert fields == (-1, 2**40, 0, -(2**62))
+        assert values_of(tree) == values_of(make_tree())
+        assert isinstance(tree["nested"][2], Pair)
+
+    def test_tensors_arrive_without_gradient_and_conjugation_in_memory(self, seen: Seen) -> None:
+        tree = seen["send_tree"][1].tree
+        assert not tree["leaf"].requires_grad
+        assert torch.view_as_real(tree["lazy"][0].resolve_conj()).tolist() == [[1, -2], [3, 4]]
+
+    def test_more_layouts_than_are_remembered_keep_both_sides_in_step(self, seen: Seen) -> None:
+        sizes = [0 if index % 3 == 0 else index % NUM_LAYOUTS for index in range(2 * NUM_LAYOUTS)]
+        expected = [(size, size) for size in sizes]
+        assert seen["change_layouts"] == [expected, expected, []]
+
+    def test_every_peer_and_lane_may_have_a_thread_of_its_own(self, seen: Seen) -> None:
+        for rank in range(NUM_RANKS):
+            ways = {(peer, lane.name) for peer in range(NUM_RANKS) if peer != rank for lane in Lane}
+            assert seen["receive_in_threads"][rank] == dict.fromkeys(ways, list(range(1, 21)))
+
+    def test_send_is_done_when_it_was_received_and_not_before(self, seen: Seen) -> None:
+        assert seen["receive_late"][0] == [True, False]
+
+    def test_reduction_sums_over_its_ranks_only(self, seen: Seen) -> None:
+        everyone = (torch.bfloat16, (3,), [6.0] * 3)
+        pair = [(torch.float64, (2,), [4.0] * 2), (torch.complex64, (2,), [4.0] * 2), everyone]
+        alone = [(torch.float64, (2,), [2.0] * 2), (torch.complex64, (2,), [2.0] * 2), everyone]
+        assert seen["reduce_in_groups"] == [pair, alone, pair]
+
+    def test_broadcast_overwrites_tensors_of_any_type_with_the_sources(self, seen: Seen) -> None:
+        expected = [values_of(leaf) for leaf in pytree.tree_leaves(make_tree()) if isinstance(leaf, Tensor)]
+        assert seen["broadcast_leaves"] == [expected] * NUM_RANKS
+
+    def test_broadcast_writes_through_a_view_and_beside_it_nothing(self, seen: Seen) -> None:
+        assert seen["broadcast_into_view"] == [[[rank, 2, rank]] * 2 for rank in range(NUM_RANKS)]
+
+    def test_gather_gives_every_rank_values_of_its_own_in_rank_order(self, seen: Seen) -> None:
+        assert seen["gather_values"] == [[(0, 1.0), (1, 1.0), (2, 1.0)]] * NUM_RANKS
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def outlive_rank_1(transport: Transport, die: Callable[[], object]) -> dict[str, str]:
+    """Rank 1 dies while rank 0 waits for it in a send and in a receive; then rank 0 turns to it again."""
+    message = Message((0, 0, 0, 0), torch.ones(1))
+    if transport.rank == 1:
+        transport.recv(0, Lane.STATE)
+        die()
+        return {}
+    sending = transport.send(message, 1, Lane.RELAY)
+    with ThreadPoolExecutor(1) as pool:
+        receiving = pool.submit(error_of, lambda: transport.recv(1, Lane.RELAY))
+        transport.send(message, 1, Lane.STATE).wait()
+        return {
+            "receive under way": receiving.result(),
+            "send under way": error_of(sending.wait),
+            "send": error_of(lambda: transport.send(message, 1, Lane.RELAY).wait()),
+            "receive": error_of(lambda: transport.recv(1, Lane.HEADERS)),
+            "reduction": error_of(lambda: transport.all_reduce(torch.ones(1), (0, 1)).wait()),
+            "broadcast": error_of(lambda: transport.broadcast(torch.ones(1), 1)),
+            "gather": error_of(lambda: transport.all_gather_object(1)),
+        }
+
+
+def outlive_thread(rank: int, world: LocalWorld) -> dict[str, str]:
+    return outlive_rank_1(world.transports[rank], partial(world.end, 1))
+
+
+def outlive_process(rank: int, path: Path) -> None:
+    torch.distributed.init_process_group("gloo")
+    errors = outlive_rank_1(ProcessGroupTransport(torch.device("cpu"), groups=[(0, 1)]), partial(os._exit, 7))
+    path.write_bytes(pickle.dumps(errors))
+
+
+class TestDeadPeer:
+    def test_thread_that_has_ended_is_named_in_every_error(self) -> None:
+        errors, _ = run_threads(2, outlive_thread, LocalWorld(2))
+        assert all(error.startswith("TransportError: ") for error in errors.values()), errors
+        assert all("rank 1" in error for error in errors.values()), errors
+
+    @pytest.mark.spawn
+    def test_process_that_has_died_is_an_error_of_the_same_kind(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("tests.helpers.ranks._GRACE_S", 30.0)
+        with pytest.raises(RankError, match="Rank 1 of 2 failed: it ended with exit code 7"):
+            run_processes(2, outlive_process, tmp_path / "errors")
+        errors = pickle.loads((tmp_path / "errors").read_bytes())
+        assert len(errors) == 7
+        assert all(error.startswith("TransportError: ") for error in errors.values()), errors
