@@ -34,7 +34,7 @@ __all__ = [
     "Loaded",
     "RowLoader",
     "TrainLoader",
-    "check_train_loader",
+    "check_loader",
     "header_loader",
 ]
 
@@ -61,7 +61,7 @@ class Loaded(NamedTuple):
     rows: Rows
 
 
-def check_train_loader(loader: object) -> None:
+def check_loader(loader: object) -> None:
     """Refuse loaders that already deal the data to ranks.
 
     Raises:
@@ -70,8 +70,8 @@ def check_train_loader(loader: object) -> None:
     samplers = (getattr(holder, "sampler", None) for holder in (loader, getattr(loader, "batch_sampler", None)))
     if any(isinstance(sampler, DistributedSampler) for sampler in samplers):
         msg = (
-            "`train_dataloader` must yield the whole batch on every rank, but has a DistributedSampler. Remove it: "
-            "`batch_size` is the batch of one process, and the plan says which rank loads which of its rows."
+            "A dataloader must yield whole batches on every rank, but one has a DistributedSampler. Remove it: "
+            "`batch_size` is the batch of one process, and each rank takes its rows of it."
         )
         raise ValueError(msg)
 

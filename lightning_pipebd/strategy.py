@@ -20,7 +20,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise
-from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_train_loader
+from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_loader
+from lightning_pipebd.evaluation import CompleteValues
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy, silence_sigterm_broadcast
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.explain import explain_plan
@@ -77,6 +78,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         self._session: TrainingSession | None = None
         self._shares_logs = False
         self._is_in_evaluation_step = False
+        self._complete_values = CompleteValues()
         self._is_accumulating = False
         self._handed_over_at = -1
 
@@ -127,9 +129,11 @@ class PipeBDStrategy(ProcessGroupStrategy):
         if self.layer_sync:
             self._session.synchronise_batch_norm(self._transport)
         self._session.place_blocks()
+        # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which starts the
+        # training loader.
+        self._session.begin(trainer, self.sharing_logs)
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
-        self._session.begin(trainer, self.sharing_logs)
         silence_sigterm_broadcast(trainer)
         is_synchronised = self.layer_sync
         warn_of_statistics(plan, module, is_synchronised=is_synchronised)
@@ -169,9 +173,9 @@ class PipeBDStrategy(ProcessGroupStrategy):
     def process_dataloader(self, dataloader: Any) -> Any:
         module = require_module(self.lightning_module)
         assert self._transport is not None
+        check_loader(dataloader)
         if module.trainer.training:
             assert self._session is not None
-            check_train_loader(dataloader)
             return self._session.process_dataloader(dataloader)
         if module.trainer.predicting:
             return dataloader
@@ -236,12 +240,12 @@ class PipeBDStrategy(ProcessGroupStrategy):
 
     @override
     def validation_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:
-        with self._evaluation_step():
+        with self._evaluation_step(*args[1:]):
             return None if isinstance(batch, BatchHeader) else super().validation_step(batch, *args)
 
     @override
     def test_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:
-        with self._evaluation_step():
+        with self._evaluation_step(*args[1:]):
             return None if isinstance(batch, BatchHeader) else super().test_step(batch, *args)
 
     @override
@@ -259,9 +263,18 @@ class PipeBDStrategy(ProcessGroupStrategy):
         is_training = self._session is not None and require_module(self.lightning_module).trainer.training
         if self._is_in_evaluation_step or is_training:
             return tensor
-        if isinstance(tensor, Tensor) and not tensor.is_floating_point() and reduce_op in ("mean", "avg"):
-            tensor = tensor.double()  # numbers of rows: a mean rounded to an integer would be a wrong weight
+        if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg"):
+            # Sums and numbers of rows alike: a mean rounded to float32, or to an integer, would be a wrong weight.
+            tensor = tensor.double()
         return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        # Not by `reduce`, which leaves values alone while training.
+        if self._transport is None:
+            return decision
+        decisions = self._transport.all_gather_object(decision)
+        return False not in decisions if all else True in decisions
 
     @contextmanager
     def sharing_logs(self) -> Generator[None, None, None]:
@@ -277,10 +290,11 @@ class PipeBDStrategy(ProcessGroupStrategy):
         require_module(self.lightning_module).shares_logs = is_shared
 
     @contextmanager
-    def _evaluation_step(self) -> Generator[None, None, None]:
+    def _evaluation_step(self, dataloader_idx: int = 0) -> Generator[None, None, None]:
         self._is_in_evaluation_step = True
         try:
-            yield
+            with self._complete_values.step(require_module(self.lightning_module), dataloader_idx):
+                yield
         finally:
             self._is_in_evaluation_step = False
 
@@ -292,6 +306,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
 
     def _end_evaluation(self) -> None:
         self._share_logs(False)
+        self._complete_values.restore()
         if self._session is not None:
             self._session.place_blocks()
 

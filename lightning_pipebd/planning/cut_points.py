@@ -19,7 +19,17 @@ from typing import NamedTuple
 
 from lightning_pipebd.planning.plan import Plan, Share
 
-__all__ = ["CutPoint", "Stage", "border_points", "fraction_points", "half_cut_points", "sort_points", "stages_to_plan"]
+__all__ = [
+    "CutPoint",
+    "Stage",
+    "are_in_order",
+    "border_points",
+    "fraction_points",
+    "half_cut_points",
+    "sort_points",
+    "stage_rows",
+    "stages_to_plan",
+]
 
 
 class CutPoint(NamedTuple):
@@ -49,20 +59,19 @@ def half_cut_points(num_blocks: int, num_rows: int) -> list[CutPoint]:
 
 
 def fraction_points(
-    num_blocks: int, num_rows: int, num_parts: int, *, blocks: Collection[int], whole_students: Collection[int]
+    num_blocks: int, num_rows: int, num_parts: int, *, whole_students: Collection[int] = ()
 ) -> list[CutPoint]:
-    """List all half cuts and borders, and cuts at every `num_parts`-th of the rows of some blocks.
+    """List all borders and half cuts, and cuts inside jobs at every `num_parts`-th of their rows.
 
     Args:
         num_blocks: Blocks of the chain.
         num_rows: Rows of the batch.
         num_parts: Parts into which the rows of a job may be divided.
-        blocks: Blocks that may be cut inside a job.
-        whole_students: Blocks whose student job may not be cut.
+        whole_students: Blocks whose student job may not be divided.
     """
     cuts = sorted({round(part * num_rows / num_parts) for part in range(1, num_parts)} - {0, num_rows})
     points = half_cut_points(num_blocks, num_rows)
-    for block in blocks:
+    for block in range(num_blocks):
         points += [CutPoint(block, cut, 0) for cut in cuts]
         if block not in whole_students:
             points += [CutPoint(block, cut, cut) for cut in cuts]

@@ -29,10 +29,12 @@ class Recording(NamedTuple):
 
     Args:
         finish_ms: For every rank the end of each step.
+        wait_ms: For every rank and kind of operation the waiting in the second half of the steps.
         spans: For every rank and step the (start, wait, stop) of each operation; empty if spans were not wanted.
     """
 
     finish_ms: list[list[float]]
+    wait_ms: list[list[float]]
     spans: list[list[list[tuple[float, float, float]]]]
 
 
@@ -47,7 +49,10 @@ def run_timetable(timetable: Timetable, num_steps: int, max_in_flight: int, *, w
     """
     loop = _Loop(timetable, num_steps, max_in_flight, with_spans=with_spans)
     loop.run()
-    return Recording([rank.finish_ms for rank in loop.ranks], [rank.spans for rank in loop.ranks])
+    ranks = loop.ranks
+    return Recording(
+        [rank.finish_ms for rank in ranks], [rank.wait_ms for rank in ranks], [rank.spans for rank in ranks]
+    )
 
 
 class _Rank:
@@ -60,6 +65,7 @@ class _Rank:
         self.now = 0.0
         self.begin_ms = [_UNKNOWN] * num_steps
         self.finish_ms: list[float] = []
+        self.wait_ms = [0.0] * len(OperationKind)
         self.due_reduces: list[tuple[int, int]] = []
         self.waiting_channels: list[tuple[int, _Channel, float]] = []
         self.spans: list[list[tuple[float, float, float]]] = []
@@ -126,7 +132,7 @@ class _Loop:
 
     def _advance(self, rank: _Rank) -> None:
         """Go on with a rank's work until it has to wait for something whose time is not known yet."""
-        operations = self.timetable.operations[rank.number]
+        operations, half = self.timetable.operations[rank.number], self.num_steps // 2
         while rank.step < self.num_steps:
             if rank.place == len(operations):
                 rank.finish_ms.append(rank.now)
@@ -140,6 +146,8 @@ class _Loop:
                     return
                 if ready < start:
                     ready = start
+                elif rank.step >= half:
+                    rank.wait_ms[kind] += ready - start
                 if kind is OperationKind.SEND:
                     self._post(rank.step, target, ready)
                 elif kind is OperationKind.REDUCE:

@@ -19,7 +19,7 @@ from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
 
-__all__ = ["MemoryUse", "rank_memory"]
+__all__ = ["MemoryUse", "boundary_bytes", "rank_memory"]
 
 
 class MemoryUse(NamedTuple):

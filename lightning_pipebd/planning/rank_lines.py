@@ -62,8 +62,9 @@ class Placement(NamedTuple):
 
     def way(self) -> list[Placement]:
         """List the stages from the first one to this one."""
-        way, placement = [self], self.before
-        while placement is not None:
+        way: list[Placement] = []
+        placement = self
+        while placement.before is not None:
             way.append(placement)
             placement = placement.before
         return way[::-1]
@@ -244,9 +245,12 @@ class _Nodes(Reach):
             for stop, stages in self._rows[start].items():
                 cheap = {crossing: _cheap_enough(*lists, limit_ms) for crossing, lists in stages.items()}
                 cheap = {crossing: found for crossing, found in cheap.items() if found[0]}
+                most = self._num_ranks - self._needs[stop][1]
                 for node, before in ways[start].items() if cheap else ():
                     for place, num_ranks, cost_ms in self._places(node, before, cheap):
                         end = place + num_ranks
+                        if end > most:
+                            continue
                         known = ways[stop].get(end_node := bisect_left(self._stops, end))
                         if known is None or end < known.place + known.num_ranks:
                             ways[stop][end_node] = before.followed_by(stop, 0, place, num_ranks, cost_ms)
@@ -295,10 +299,16 @@ def _cheap_enough(gains: list[float], numbers: list[int], limit_ms: float) -> tu
 
 
 def make_reach(
-    costs: StageCosts, cluster: Cluster, kinds: tuple[RankKind, ...], *, max_replicas: int, ceiling_ms: float
+    costs: StageCosts,
+    cluster: Cluster,
+    kinds: tuple[RankKind, ...],
+    *,
+    max_replicas: int,
+    ceiling_ms: float,
+    ignores_nodes: bool = False,
 ) -> Reach:
-    """Give the answerer that fits the ranks."""
+    """Give the answerer that fits the ranks; `ignores_nodes` takes one kind of ranks as if they were on one node."""
     if len(kinds) > 1:
         return _Counts(costs, cluster, kinds, max_replicas=max_replicas, ceiling_ms=ceiling_ms)
-    cls = _Nodes if cluster.num_nodes > 1 else _OneCount
+    cls = _OneCount if ignores_nodes or cluster.num_nodes == 1 else _Nodes
     return cls(costs, cluster, kinds, max_replicas=max_replicas, ceiling_ms=ceiling_ms)

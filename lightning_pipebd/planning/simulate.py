@@ -16,7 +16,7 @@ from lightning_pipebd.planning.operations import Timetable, make_timetable
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.program import Action, Program
 
-__all__ = ["Simulation", "TimelineSpan", "simulate"]
+__all__ = ["Simulation", "TimelineSpan", "check_fit", "simulate", "steady_step_ms"]
 
 
 class TimelineSpan(NamedTuple):

@@ -27,7 +27,7 @@ from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.cut_points import CutPoint
 from lightning_pipebd.planning.stage_parts import Crossing, Edge, Part, PartCosts
 
-__all__ = ["StageCosts", "StageUse"]
+__all__ = ["StageCosts", "StageMemory", "StageUse"]
 
 
 class StageUse(NamedTuple):
@@ -99,6 +99,24 @@ class StageCosts:
                 self.parts.cut(point, num_ranks, is_far=is_far, is_send=True) for point in self.points
             ]
         return self._ways_out[key]
+
+
+class StageMemory(StageCosts):
+    """The memory of every stage in the place of its time: what it needs as a fraction of what its ranks have."""
+
+    def column(
+        self,
+        start: int,
+        num_ranks: int,
+        device_class: str,
+        *,
+        crossing: Crossing = Crossing(),  # noqa: B008 - a constant
+        limit_bytes: float = inf,
+        ceiling_ms: float = inf,
+    ) -> Iterator[StageUse]:
+        """Give every point at which a stage from `start` may stop; nothing is left out."""
+        for use in super().column(start, num_ranks, device_class, crossing=crossing):
+            yield use._replace(cost_ms=use.num_bytes / limit_bytes)
 
 
 class _Column:

@@ -12,9 +12,11 @@ from math import inf, nextafter
 from typing import NamedTuple
 
 from lightning_pipebd.planning.cluster import Cluster
+from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.cut_points import Stage
 from lightning_pipebd.planning.rank_lines import Placement, RankKind, Reach, make_reach
 from lightning_pipebd.planning.stage_costs import StageCosts
+from lightning_pipebd.planning.stage_parts import Crossing
 
 __all__ = ["Solution", "rank_kinds", "search_stages"]
 
@@ -61,15 +63,53 @@ def search_stages(
         The best stages, with as few ranks as they can do with; `None` if there are none below the ceiling that fit the
         ranks and their memory.
     """
-    reach = make_reach(costs, cluster, rank_kinds(cluster), max_replicas=max_replicas, ceiling_ms=ceiling_ms)
+    kinds = rank_kinds(cluster)
+    if len(kinds) == 1 and cluster.num_nodes > 1 and _is_dearer(costs.parts.costs):
+        # Nodes rarely bind: if the best stages for one big node cost no more on these nodes, they are the best here.
+        reach = make_reach(costs, cluster, kinds, max_replicas=max_replicas, ceiling_ms=ceiling_ms, ignores_nodes=True)
+        end = _minimise(reach, floor_ms, ceiling_ms)
+        if end is None:
+            return None
+        floor_ms, found_ms = end.bottleneck_ms, _cost_on_nodes(costs, cluster, kinds[0], end)
+        if found_ms <= floor_ms:
+            return _solution(costs, reach, end)
+        ceiling_ms = min(ceiling_ms, found_ms)
+    reach = make_reach(costs, cluster, kinds, max_replicas=max_replicas, ceiling_ms=ceiling_ms)
     end = _minimise(reach, floor_ms, ceiling_ms)
-    if end is None:
-        return None
+    return None if end is None else _solution(costs, reach, end)
+
+
+def _solution(costs: StageCosts, reach: Reach, end: Placement) -> Solution:
     points = costs.points
-    stages = tuple(
-        Stage(points[placement.start], points[placement.stop], reach.ranks(placement)) for placement in end.way()
+    stages = (Stage(points[placement.start], points[placement.stop], reach.ranks(placement)) for placement in end.way())
+    return Solution(end.bottleneck_ms, tuple(stages))
+
+
+def _is_dearer(costs: CostTable) -> bool:
+    """Tell whether nothing is cheaper between nodes than on one node."""
+    near, far = costs.same_node, costs.other_node
+    names = ("latency_ms", "send_occupation", "receive_occupation", "reduce_occupation")
+    return (
+        near.reduces == far.reduces == ()
+        and near.bytes_per_ms >= far.bytes_per_ms
+        and all(getattr(near, name) <= getattr(far, name) for name in names)
     )
-    return Solution(end.bottleneck_ms, stages)
+
+
+def _cost_on_nodes(costs: StageCosts, cluster: Cluster, kind: RankKind, end: Placement) -> float:
+    """Give what stages that were found for one node cost where their ranks really are."""
+    slowest = 0.0
+    for stage in end.way():
+        ranks = kind.ranks[stage.place : stage.place + stage.num_ranks]
+        after = kind.ranks[stage.place + stage.num_ranks : stage.place + stage.num_ranks + 1]
+        crossing = Crossing(
+            not cluster.are_on_one_node(ranks),
+            not cluster.are_on_one_node(kind.ranks[max(stage.place - 1, 0) : stage.place] + ranks),
+            not cluster.are_on_one_node(ranks[-1:] + after),
+        )
+        column = costs.column(stage.start, stage.num_ranks, kind.device_class, crossing=crossing)
+        slowest = max(slowest, next(use.cost_ms for use in column if use.stop == stage.stop))
+    return slowest
 
 
 def _minimise(reach: Reach, floor_ms: float, ceiling_ms: float) -> Placement | None:

@@ -188,9 +188,7 @@ def _find_needed(nodes: Sequence[fx.Node], values: Sequence[Any]) -> set[fx.Node
     """Find what has to run: all operations, except reads of shapes, items and attributes that nobody uses."""
     needed = {node for value in values for node in _nodes_in(value)}
     for node in reversed(nodes):
-        reads_only = node.op == "get_attr" or (
-            node.op == "call_function" and node.target in (getattr, operator.getitem)
-        )
+        reads_only = node.op == "call_function" and node.target in (getattr, operator.getitem)
         if not reads_only or any(user in needed for user in node.users):
             needed.add(node)
     return needed

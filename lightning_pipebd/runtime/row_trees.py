@@ -87,7 +87,7 @@ def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int,
             flags.append(False)
         elif whole.shape == part.shape:
             flags.append(False)
-        elif whole.shape[1:] == part.shape[1:] and (whole.shape[0], part.shape[0]) == (num_rows, num_probe_rows):
+        elif (whole.shape, part.shape) == ((num_rows, *whole.shape[1:]), (num_probe_rows, *whole.shape[1:])):
             flags.append(True)
         else:
             msg = (

@@ -24,6 +24,7 @@ _EXPECTED_WARNINGS = (
     r"The '\w+_dataloader' does not have many workers",
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     r"You defined a `validation_step` but have no `val_dataloader`",
+    r"Your `IterableDataset` has `__len__` defined",
 )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipebd.runtime.partition import Partition, call_block, cut_model
-from tests.helpers.containers import run_in_a_row
+from tests.helpers.containers import Container, run_in_a_row
 from tests.helpers.ranks import run_threads
 
 
@@ -169,6 +169,20 @@ def test_blocks_run_on_part_of_the_batch(model: Model, x: Tensor) -> None:
     partition = cut_model(model, BOUNDARIES)
     rows = [run_in_a_row(partition, x[:1]), run_in_a_row(partition, x[1:])]
     assert torch.allclose(torch.cat(rows), model(x))
+
+
+def test_other_threads_run_modules_while_a_model_is_recorded(x: Tensor) -> None:
+    layer, outputs = nn.Linear(3, 3), []
+
+    def forward(self: Any, x: Tensor) -> Any:
+        thread = threading.Thread(target=lambda: outputs.append(layer(example)))
+        thread.start()
+        thread.join()
+        return self.layer(x)
+
+    example = x.clone()
+    cut_model(Container(forward, layer=layer), ["layer"])
+    assert [torch.equal(output, layer(example)) for output in outputs] == [True, True]
 
 
 def test_threads_may_cut_and_run_models_at_the_same_time() -> None:

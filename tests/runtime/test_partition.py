@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -267,4 +268,26 @@ def test_slices_of_a_sequential_are_looked_into() -> None:
     x = torch.randn(2, 3)
     partition = cut_model(model, ["layers.1", "layers.2", "layers.4"])
     assert [len(names) for names in partition.parameter_names] == [2, 2, 2]
+    assert torch.equal(run_in_a_row(partition, x), model(x))
+
+
+@torch.fx.wrap
+def apply_module(module: nn.Module, x: Tensor) -> Any:
+    return module(x)
+
+
+def test_a_module_that_is_handed_to_a_function_belongs_to_the_block() -> None:
+    model = Container(lambda self, x: apply_module(self.b, self.a(x)), a=nn.Linear(3, 3), b=nn.Linear(3, 2))
+    x = torch.randn(2, 3)
+    partition = cut_model(model, ["a", ""])
+    assert partition.parameter_names == (("a.weight", "a.bias"), ("b.weight", "b.bias"))
+    assert torch.equal(run_in_a_row(partition, x), model(x))
+
+
+def test_tensors_made_between_modules_may_differ_with_the_mode() -> None:
+    model = Container(lambda self, x: self.a(x) + torch.full((3,), 1.0 if self.training else 2.0), a=nn.Linear(3, 3))
+    x = torch.randn(2, 3)
+    partition = cut_model(model, ["a"])
+    assert torch.equal(run_in_a_row(partition, x), model(x))
+    model.eval()
     assert torch.equal(run_in_a_row(partition, x), model(x))

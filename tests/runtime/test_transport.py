@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_pipebd.runtime.local_transport import LocalWorld
-from lightning_pipebd.runtime.transport import Lane, Message, ProcessGroupTransport, Transport
+from lightning_pipebd.runtime.transport import Lane, Message, Pending, ProcessGroupTransport, Transport
 from tests.helpers.ranks import RankError, run_processes, run_threads
 
 NUM_RANKS = 3
@@ -55,17 +55,22 @@ def values_of(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda leaf: (leaf.dtype, tuple(leaf.shape), leaf.tolist()), tree)
 
 
+def wait_all(pending: Iterable[Pending]) -> None:
+    for each in pending:
+        each.wait()
+
+
 def send_in_order(transport: Transport) -> list[int]:
     if transport.rank == 0:
         pending = [transport.send(Message((index, 0, 0, 0), torch.ones(index)), 1, Lane.RELAY) for index in range(20)]
-        [each.wait() for each in pending]
+        wait_all(pending)
     return [transport.recv(0, Lane.RELAY).fields[0] for _ in range(20)] if transport.rank == 1 else []
 
 
 def receive_lanes_backwards(transport: Transport) -> list[str]:
     if transport.rank == 0:
         pending = [transport.send(Message((0, 0, 0, 0), lane.name), 1, lane) for lane in Lane]
-        [each.wait() for each in pending]
+        wait_all(pending)
     return [transport.recv(0, lane).tree for lane in reversed(Lane)] if transport.rank == 1 else []
 
 
@@ -105,14 +110,16 @@ def receive_in_threads(transport: Transport) -> dict[tuple[int, str], list[int]]
         seen[peer, lane.name] += [int(transport.recv(peer, lane).tree.sum()) for _ in range(20)]
 
     threads = [threading.Thread(target=receive, args=way) for way in ways]
-    [thread.start() for thread in threads]
+    for thread in threads:
+        thread.start()
     pending = [
         transport.send(Message((0, 0, 0, 0), torch.full((index + 1,), 1.0)), peer, lane)
         for index in range(20)
         for peer, lane in ways
     ]
-    [each.wait() for each in pending]
-    [thread.join() for thread in threads]
+    wait_all(pending)
+    for thread in threads:
+        thread.join()
     return seen
 
 
@@ -143,7 +150,7 @@ def reduce_in_groups(transport: Transport) -> list[Any]:
     pending = [transport.all_reduce(tensors[2], (0, 1, 2))]
     if transport.rank != 1:
         pending += [transport.all_reduce(tensor, (0, 2)) for tensor in tensors[:2]]
-    [each.wait() for each in reversed(pending)]
+    wait_all(reversed(pending))
     return [values_of(tensor) for tensor in tensors]
 
 
@@ -247,7 +254,7 @@ class TestTransport:
     def test_every_peer_and_lane_may_have_a_thread_of_its_own(self, seen: Seen) -> None:
         for rank in range(NUM_RANKS):
             ways = {(peer, lane.name) for peer in range(NUM_RANKS) if peer != rank for lane in Lane}
-            assert seen["receive_in_threads"][rank] == dict.fromkeys(ways, list(range(1, 21)))
+            assert seen["receive_in_threads"][rank] == {way: list(range(1, 21)) for way in ways}
 
     def test_send_is_done_when_it_was_received_and_not_before(self, seen: Seen) -> None:
         assert seen["receive_late"][0] == [True, False]

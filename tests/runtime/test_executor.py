@@ -1,0 +1,323 @@
+"""Programs run on threads as ranks: whatever the plan, what is learned is what one rank learns."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_pipebd.planning.compiler import compile_programs
+from lightning_pipebd.planning.plan import Plan, Rows
+from lightning_pipebd.planning.plan_text import parse_plan
+from lightning_pipebd.planning.program import TARGETS, Kind
+from lightning_pipebd.runtime.executor import Executor, Jobs, Span
+from lightning_pipebd.runtime.gradients import GradientReducer
+from lightning_pipebd.runtime.local_transport import LocalWorld
+from lightning_pipebd.runtime.relay import Relay
+from lightning_pipebd.runtime.row_trees import RowTree
+from tests.helpers.plans import plans
+from tests.helpers.ranks import run_threads
+
+WIDTH = 8  # also a number of rows that the tests draw, and that of a mask
+RATE = 0.1
+
+
+class Blocks:
+    """Float64 teacher and student blocks, the same on every rank; remembers how many rows were taught."""
+
+    def __init__(self, num_blocks: int, target_blocks: Collection[int] = ()) -> None:
+        generator = torch.Generator().manual_seed(num_blocks)
+        teachers, students = torch.randn(2, num_blocks, WIDTH, WIDTH, generator=generator, dtype=torch.float64)
+        self.teachers = list(teachers)
+        self.students = [torch.nn.Parameter(weight.clone()) for weight in students]
+        self.target_blocks = target_blocks
+        self.taught: list[tuple[int, int]] = []
+
+    def teach(self, block: int, boundary: Any) -> Any:
+        self.taught.append((block, len(boundary)))
+        return torch.tanh(boundary @ self.teachers[block])
+
+    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
+        assert len(boundary) == len(target) == rows.num_rows
+        output = boundary @ self.students[block]
+        loss = (output - target).square().mean()
+        if block in self.target_blocks:
+            assert len(labels) == rows.num_rows
+            loss = loss + (output.mean(1) - labels).square().mean()
+        part: Tensor = loss * (rows.num_rows / num_rows)
+        torch.autograd.backward(part)
+        return part.detach()
+
+
+class MaskedBlocks(Blocks):
+    """Boundaries are trees with a leaf that all rows share, as large as a batch may have rows, and leaves of no rows.
+
+    The first boundary is the tensor that was loaded.
+    """
+
+    def teach(self, block: int, boundary: Any) -> Any:
+        hidden, mask = self._open(boundary)
+        assert mask.shape == (WIDTH, WIDTH)
+        hidden = super().teach(block, hidden @ mask)
+        return {"hidden": (hidden, [hidden.sum(1)]), "shared": {"mask": mask, "none": None, "width": WIDTH}}
+
+    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
+        hidden, mask = self._open(boundary)
+        wanted, same_mask = self._open(target)
+        assert mask.equal(same_mask)
+        assert target["hidden"][1][0].equal(wanted.sum(1))
+        return super().learn(block, hidden @ mask, wanted, labels, rows, num_rows)
+
+    @staticmethod
+    def _open(boundary: Any) -> tuple[Tensor, Tensor]:
+        if isinstance(boundary, Tensor):
+            return boundary, torch.ones(WIDTH, WIDTH, dtype=torch.float64).tril()
+        assert boundary["shared"]["none"] is None
+        assert boundary["shared"]["width"] == WIDTH
+        return boundary["hidden"][0], boundary["shared"]["mask"]
+
+
+class Batch(NamedTuple):
+    num_rows: int
+    is_update: bool = True
+
+
+class Result(NamedTuple):
+    """What one rank comes to: its blocks, and the losses of each step."""
+
+    blocks: Blocks
+    losses: list[dict[int, Tensor]]
+    num_reductions: int
+
+
+class CountingReducer(GradientReducer):
+    """Counts how often a reduction is started."""
+
+    num_started = 0
+
+    def start(self, block: int, ranks: tuple[int, ...]) -> None:
+        self.num_started += 1
+        super().start(block, ranks)
+
+
+def load(plan: Plan, rank: int, step: int, num_rows: int) -> dict[int, RowTree]:
+    """This rank's rows of the batch of a step: inputs and labels."""
+    rows = plan.teacher_rows(0, num_rows).get(rank, Rows(0, 0))
+    if rows.is_empty:
+        return {}
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(num_rows, WIDTH, generator=generator, dtype=torch.float64)
+    mine = {0: inputs[rows.start : rows.stop], TARGETS: inputs[rows.start : rows.stop].sum(1)}
+    return {boundary: RowTree(rows, tree, (True,)) for boundary, tree in mine.items()}
+
+
+def make_executor(
+    plan: Plan, world: LocalWorld, rank: int, blocks: Jobs, students: Sequence[torch.nn.Parameter] = (), **options: Any
+) -> tuple[Executor, Relay, CountingReducer]:
+    others = [peer for peer in range(plan.num_ranks) if peer != rank]
+    relay = Relay(world.transports[rank], sources=others, destinations=others)
+    reducer = CountingReducer(world.transports[rank], {block: [student] for block, student in enumerate(students)})
+    cuts_rows = plan.has_split_teachers or plan.has_split_students
+    return Executor(blocks, relay, reducer, cuts_rows=cuts_rows, **options), relay, reducer
+
+
+def train(plan: Plan, batches: Sequence[Batch], make_blocks: Callable[[], Blocks]) -> list[Result]:
+    """Train by plain SGD, with one thread per rank."""
+    world = LocalWorld(plan.num_ranks)
+
+    def work(rank: int) -> Result:
+        blocks = make_blocks()
+        executor, relay, reducer = make_executor(plan, world, rank, blocks, blocks.students)
+        losses = []
+        for step, (num_rows, is_update) in enumerate(batches):
+            programs = compile_programs(plan, num_rows, target_blocks=blocks.target_blocks, update=is_update)
+            losses.append(executor.run(programs[rank], step, load(plan, rank, step, num_rows)))
+            for action in programs[rank].actions:
+                if action.kind is Kind.UPDATE:
+                    student = blocks.students[action.index]
+                    assert student.grad is not None
+                    student.data -= RATE * student.grad
+                    student.grad = None
+        relay.close()
+        return Result(blocks, losses, reducer.num_started)
+
+    return run_threads(plan.num_ranks, work)
+
+
+def assert_same_training(plan: Plan, batches: Sequence[Batch], make_blocks: Callable[[], Blocks]) -> None:
+    """Compare with one rank: weights of every rank that learns a block, and the losses of all ranks together."""
+    (one,) = train(Plan.joint(plan.num_blocks, 1), batches, make_blocks)
+    many = train(plan, batches, make_blocks)
+    tolerance = 1e-12 if plan.has_split_teachers or plan.has_split_students else 0.0
+    for block in range(plan.num_blocks):
+        for rank in plan.student_ranks(block):
+            ours, theirs = many[rank].blocks.students[block], one.blocks.students[block]
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    for step, losses in enumerate(one.losses):
+        for block, loss in losses.items():
+            parts = [result.losses[step][block] for result in many if block in result.losses[step]]
+            torch.testing.assert_close(torch.stack(parts).sum(), loss, rtol=tolerance, atol=tolerance)
+
+
+def draw_batches(sizes: st.SearchStrategy[int], max_steps: int) -> st.SearchStrategy[list[Batch]]:
+    return st.lists(st.builds(Batch, sizes, st.booleans()), min_size=1, max_size=max_steps)
+
+
+class TestTraining:
+    @settings(max_examples=60)
+    @given(plans(max_ranks=4, max_blocks=5), draw_batches(st.integers(1, 12), 5), st.frozensets(st.integers(0, 4)))
+    def test_any_plan_trains_what_one_rank_trains(
+        self, plan: Plan, batches: list[Batch], targets: frozenset[int]
+    ) -> None:
+        target_blocks = {block for block in targets if block < plan.num_blocks}
+        assert_same_training(plan, batches, lambda: Blocks(plan.num_blocks, target_blocks))
+
+    @settings(max_examples=30)
+    @given(plans(max_ranks=4, max_blocks=4), draw_batches(st.sampled_from([1, 2, WIDTH, 2 * WIDTH]), 3))
+    def test_leaves_that_all_rows_share_are_neither_cut_nor_joined(self, plan: Plan, batches: list[Batch]) -> None:
+        assert_same_training(plan, batches, lambda: MaskedBlocks(plan.num_blocks))
+
+    @pytest.mark.parametrize("text", ["0-2", "0|1|2", "0,2|1", "T0-2|S0-2", "0|1,T2|S2"])
+    def test_unsplit_jobs_give_the_bits_of_one_rank(self, text: str) -> None:
+        plan = parse_plan(text, num_blocks=3)
+        batches = [Batch(5), Batch(12, is_update=False), Batch(1)]
+        assert_same_training(plan, batches, lambda: Blocks(3, {1, 2}))
+
+    def test_labels_of_a_block_do_not_disturb_another_block_of_the_rank_with_other_rows(self) -> None:
+        # Rank 1 receives labels for its half of block 0 alone, and then learns all rows of block 1.
+        plan = Plan.from_dict(
+            {"num_ranks": 2, "teacher": [[[0, 1]], [[0, 1]]], "student": [[[0, "1/2"], [1, "1/2"]], [[1, 1]]]}
+        )
+        assert_same_training(plan, [Batch(4), Batch(4)], lambda: Blocks(2, {0}))
+
+    def test_accumulated_gradients_are_reduced_once(self) -> None:
+        batches = [Batch(4, is_update=False), Batch(3, is_update=False), Batch(4)]
+        results = train(Plan.joint(2, 2), batches, lambda: Blocks(2))
+        assert [result.num_reductions for result in results] == [2, 2]
+
+    def test_losses_belong_to_the_blocks_that_a_rank_has_rows_of(self) -> None:
+        first, second, third = train(Plan.hybrid([(1, 2), (1, 1)]), [Batch(1), Batch(2)], lambda: Blocks(2))
+        assert [list(losses) for losses in first.losses] == [[0], [0]]
+        assert [list(losses) for losses in second.losses] == [[], [0]]
+        assert [list(losses) for losses in third.losses] == [[1], [1]]
+        assert not first.losses[0][0].requires_grad
+
+
+class TestRowLeaves:
+    def test_split_blocks_are_taught_a_second_number_of_rows_once(self) -> None:
+        results = train(Plan.joint(2, 2), [Batch(6), Batch(6), Batch(4)], lambda: Blocks(2))
+        assert [result.blocks.taught for result in results] == [
+            [(0, 3), (0, 1), (1, 3), (1, 1), (0, 3), (1, 3), (0, 2), (1, 2)]
+        ] * 2
+
+    def test_a_single_row_is_compared_with_two(self) -> None:
+        results = train(Plan.joint(1, 2), [Batch(2), Batch(2)], lambda: Blocks(1))
+        assert [result.blocks.taught for result in results] == [[(0, 1), (0, 2), (0, 1)]] * 2
+
+    def test_unsplit_plans_teach_nothing_twice(self) -> None:
+        results = train(Plan.straight([1, 1]), [Batch(6)], lambda: Blocks(2))
+        assert [result.blocks.taught for result in results] == [[(0, 6)], [(1, 6)]]
+
+    @pytest.mark.parametrize(
+        ("output", "message"),
+        [
+            (lambda boundary: boundary.t(), r"`teacher block 0` must give one entry per row .*\(8, 2\) for 2 rows"),
+            (lambda boundary: (boundary, len(boundary)), "`teacher block 0` must give numbers that are the same"),
+        ],
+        ids=["rows last", "number of rows"],
+    )
+    def test_output_that_cannot_be_cut_is_refused(self, output: Callable[[Tensor], Any], message: str) -> None:
+        blocks = Blocks(1)
+        blocks.teach = lambda block, boundary: output(boundary)  # type: ignore[method-assign]
+        plan, world = Plan.joint(1, 2), LocalWorld(2)
+        executor, _, _ = make_executor(plan, world, 0, blocks)
+        with pytest.raises(ValueError, match=message):
+            executor.run(compile_programs(plan, 4)[0], 0, load(plan, 0, 0, 4))
+        world.end(1)
+
+
+def run_alone(blocks: Jobs, num_blocks: int, **options: Any) -> Executor:
+    """Run one batch of two rows on one rank."""
+    plan = Plan.joint(num_blocks, 1)
+    executor, relay, _ = make_executor(plan, LocalWorld(1), 0, blocks, **options)
+    executor.run(compile_programs(plan, 2)[0], 0, load(plan, 0, 0, 2))
+    relay.close()
+    return executor
+
+
+class TestObserving:
+    def test_observer_is_told_every_action_in_order(self) -> None:
+        spans: list[Span] = []
+        run_alone(Blocks(2), 2, observer=spans.append)
+        times = [time for span in spans for time in (span.start_s, span.stop_s)]
+        assert [span.action for span in spans] == list(compile_programs(Plan.joint(2, 1), 2)[0].actions)
+        assert times == sorted(times)
+
+    def test_failing_action_is_pointed_at(self) -> None:
+        blocks, plan = Blocks(2), Plan.joint(2, 1)
+        program = compile_programs(plan, 2)[0]
+        executor, _, _ = make_executor(plan, LocalWorld(1), 0, blocks)
+        blocks.students[1] = torch.nn.Parameter(torch.ones(3, 3, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            executor.run(program, 0, load(plan, 0, 0, 2))
+        assert executor.current is not None
+        assert str(executor.current[0].actions[executor.current[1]]) == "LEARN block=1 rows=0:2"
+
+    def test_nothing_is_pointed_at_between_batches(self) -> None:
+        assert run_alone(Blocks(2), 2).current is None
+
+    def test_absent_rows_are_an_error(self) -> None:
+        plan = Plan.joint(1, 1)
+        executor, _, _ = make_executor(plan, LocalWorld(1), 0, Blocks(1))
+        with pytest.raises(LookupError, match="rows 3:4 are not present"):
+            executor.run(compile_programs(plan, 4)[0], 0, load(plan, 0, 0, 3))
+
+
+class WatchedBlocks(Blocks):
+    """Notes before each job which of the boundaries that it has seen still exist."""
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.seen: dict[int, weakref.ref[Tensor]] = {}
+        self.alive: list[tuple[str, list[int]]] = []
+
+    def _note(self, job: str, **boundaries: Tensor) -> None:
+        self.seen.update({int(name[1:]): weakref.ref(tensor) for name, tensor in boundaries.items()})
+        self.alive.append((job, sorted(index for index, tensor in self.seen.items() if tensor() is not None)))
+
+    def teach(self, block: int, boundary: Any) -> Any:
+        self._note(f"T{block}", **{f"b{block}": boundary})
+        return super().teach(block, boundary)
+
+    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
+        self._note(f"S{block}", **{f"b{block}": boundary, f"b{block + 1}": target})
+        return super().learn(block, boundary, target, labels, rows, num_rows)
+
+
+class TestMemory:
+    def test_boundaries_go_after_their_last_use(self) -> None:
+        blocks = WatchedBlocks(3)
+        run_alone(blocks, 3)
+        # The loaded boundary belongs to the caller.
+        assert blocks.alive[3:] == [("S0", [0, 1, 2]), ("S1", [0, 1, 2]), ("S2", [0, 2, 3])]
+        blocks._note("end")
+        assert blocks.alive[-1] == ("end", [])
+
+    def test_boundaries_that_were_received_go_after_their_last_use(self) -> None:
+        plan, world = parse_plan("T0-2|S0-2", num_blocks=3), LocalWorld(2)
+
+        def work(rank: int) -> list[tuple[str, list[int]]]:
+            blocks = WatchedBlocks(3)
+            executor, relay, _ = make_executor(plan, world, rank, blocks)
+            executor.run(compile_programs(plan, 2)[rank], 0, load(plan, rank, 0, 2))
+            relay.close()
+            blocks._note("end")
+            return blocks.alive
+
+        assert run_threads(2, work)[1] == [("S0", [0, 1]), ("S1", [1, 2]), ("S2", [2, 3]), ("end", [])]
