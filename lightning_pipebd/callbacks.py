@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,11 +13,18 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_pipebd.lightning_internals import is_logging_step, logging_step
-from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
 __all__ = ["BlockMetrics"]
+
+
+class _Report(NamedTuple):
+    """What a rank tells the others at the end of an epoch; losses are this rank's part of each block's."""
+
+    sums: dict[int, float]
+    latest: dict[int, float]
+    num_posted: int
 
 
 class BlockMetrics(Callback):
@@ -80,11 +87,11 @@ class BlockMetrics(Callback):
         """Post or write the block losses if Lightning logs at this step."""
         if isinstance(outputs, dict) and self._latest:
             # The closure's own loss is a stand-in: the real ones exist only after the program has run.
-            outputs["loss"] = torch.stack(list(self._latest.values())).sum()
+            outputs["loss"] = torch.stack(list(self._latest.values())).sum() / trainer.accumulate_grad_batches
         if is_logging_step(trainer):
             step = logging_step(trainer)
             if self._transport.rank == 0:
-                self._note(0, step, {block: loss.item() for block, loss in self._latest.items()}, trainer)
+                self._note(0, step, _read(self._latest), trainer)
             elif self._outbox is not None:
                 self._post(step)
         for peer, mailbox in self._mailboxes.items():
@@ -94,24 +101,21 @@ class BlockMetrics(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """**Collective** over all ranks: log every block's mean over the epoch on every rank."""
-        mine = ({block: total.item() for block, total in self._sums.items()}, self._num_rows, self._num_posted)
-        everyone = self._transport.all_gather_object(mine)
+        """**Collective** over all ranks: log every block's last loss and mean over the epoch on every rank."""
+        mine = _Report(_read(self._sums), _read(self._latest), self._num_posted)
+        everyone = [_Report(*report) for report in self._transport.all_gather_object(tuple(mine))]
         for peer, mailbox in self._mailboxes.items():
-            while self._num_received[peer] < everyone[peer][2]:
+            while self._num_received[peer] < everyone[peer].num_posted:
                 self._take(peer, mailbox.get(), trainer)
         self._write(trainer, None)
         self._rows.clear()
-        assert isinstance(pl_module, BlockwiseDistillationModule)
         if self._num_rows:
-            totals: dict[int, float] = defaultdict(float)
-            for sums, _, _ in everyone:
-                for block, total in sums.items():
-                    totals[block] += total
-            means = {pl_module.block_key(block): total / self._num_rows for block, total in sorted(totals.items())}
-            means["train/loss"] = sum(means.values())
+            latest = self._merge(pl_module, [report.latest for report in everyone])
+            sums = self._merge(pl_module, [report.sums for report in everyone])
             with self._sharing_logs():
-                pl_module.log_dict({f"{key}_epoch": value for key, value in means.items()})
+                # What plain Lightning knows after the last step; the logger has it already, if it was due.
+                pl_module.log_dict(latest, prog_bar=True, logger=False, batch_size=1)
+                pl_module.log_dict({f"{key}_epoch": total / self._num_rows for key, total in sums.items()})
         self._sums, self._num_rows = {}, 0
 
     def _post(self, step: int) -> None:
@@ -134,7 +138,7 @@ class BlockMetrics(Callback):
         complete = [step for step, parts in self._rows.items() if self._contributors <= parts.keys()]
         values: dict[str, float] = {}
         for step in sorted(complete):
-            values = self._merge(trainer.lightning_module, self._rows.pop(step))
+            values = self._merge(trainer.lightning_module, self._rows.pop(step).values())
             epoch = self._epochs.pop(step)
             for logger in trainer.loggers:
                 logger.log_metrics({**values, "epoch": epoch}, step=step)
@@ -144,10 +148,14 @@ class BlockMetrics(Callback):
             )
 
     @staticmethod
-    def _merge(module: Any, parts: dict[int, dict[int, float]]) -> dict[str, float]:
+    def _merge(module: Any, parts: Iterable[dict[int, float]]) -> dict[str, float]:
         losses: dict[int, float] = defaultdict(float)
-        for part in parts.values():
+        for part in parts:
             for block, loss in part.items():
                 losses[block] += loss
         values = {module.block_key(block): loss for block, loss in sorted(losses.items())}
         return {**values, "train/loss": sum(losses.values())}
+
+
+def _read(losses: dict[int, Tensor]) -> dict[int, float]:
+    return {block: loss.item() for block, loss in losses.items()}

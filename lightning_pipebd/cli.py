@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 from lightning.pytorch.cli import LightningCLI
 
 __all__ = ["main"]
@@ -15,4 +18,7 @@ def main() -> None:
 
             python -m lightning_pipebd fit --config examples/digits.yaml --trainer.devices 2
     """
+    # As `python -m` does: class paths in a config are mostly those of the user's own files, beside the config.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     LightningCLI(parser_kwargs={"prog": "pipebd"})

@@ -34,11 +34,11 @@ class CompleteValues:
             return
         metrics = [metric for metric in module.modules() if isinstance(metric, Metric)]
         counts = [metric.update_count for metric in metrics]
-        module.shares_logs = False
+        module.sees_whole_batch = True
         try:
             yield
         finally:
-            module.shares_logs = True
+            module.sees_whole_batch = False
         for metric, count in zip(metrics, counts, strict=True):
             if metric.update_count != count and metric.distributed_available_fn is not _is_alone:
                 self._silenced.append((metric, metric.distributed_available_fn))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = [
+    "COMPLETE",
     "ProcessGroupStrategy",
     "StagedBatch",
     "StagedBatchModule",
@@ -39,6 +40,9 @@ __all__ = [
 _SIGTERM_BROADCAST = "_broadcast_sigterm_tensor"
 _POSITION_OF_SYNC_DIST = 6
 
+COMPLETE = object()
+"""In place of a process group: the value is that of all rows already."""
+
 
 class StagedBatch:
     """Stands for a batch of which this rank holds no row; Lightning passes it through untouched."""
@@ -50,14 +54,18 @@ class StagedBatchModule(LightningModule):
     Attributes:
         shares_logs: Set by the strategy while ranks hold different rows of one batch: what is logged then is exchanged
             (``sync_dist``), whether the user thought of it or not, because the user wrote it for one process.
+        sees_whole_batch: Set by the strategy in a step for which every rank has all rows: what is logged is complete.
     """
 
     shares_logs: bool = False
+    sees_whole_batch: bool = False
 
     @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if self.shares_logs and len(args) < _POSITION_OF_SYNC_DIST:
+        if self.shares_logs and len(args) <= _POSITION_OF_SYNC_DIST:
             kwargs["sync_dist"] = True
+            if self.sees_whole_batch:
+                kwargs["sync_dist_group"] = COMPLETE
         super().log(name, value, *args, **kwargs)
 
     @override

@@ -84,7 +84,7 @@ def even_plan(module: BlockwiseDistillationModule, num_ranks: int) -> Plan:
         teacher = sum(parameter.numel() for parameter in pairs.teacher_parameters[block])
         student = sum(parameter.numel() for parameter in module.block_parameters(block))
         weights.append(float(teacher + 3 * student))
-    activations = pairs.boundary_sizes(module.example_input_array)
+    activations = [float(size or 0) for size in pairs.boundary_bytes_per_row(module.example_input_array)]
     total, total_activations = sum(weights) or 1.0, sum(activations) or 1.0
     mixed = [
         weight / total + activation / total_activations for weight, activation in zip(weights, activations, strict=True)

@@ -61,6 +61,13 @@ def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: P
         raise TypeError(msg)
     if not module.automatic_optimization:
         raise ValueError("`automatic_optimization` must be True: the plan decides when a block learns. Leave it on.")
+    own = BlockwiseDistillationModule.configure_gradient_clipping
+    if trainer.gradient_clip_val and type(module).configure_gradient_clipping is not own:
+        warnings.warn(
+            f"`{type(module).__name__}.configure_gradient_clipping` sees the gradients of one rank's blocks only: what it "
+            "computes over several blocks depends on the plan. Clip block by block, as the method that it overrides does.",
+            stacklevel=2,
+        )
     for callback in user_callbacks(trainer):
         _check_callback(callback)
     _check_batch_norm(trainer, module, plan)

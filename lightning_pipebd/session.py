@@ -180,6 +180,7 @@ class TrainingSession:
     def gather_on_device(self) -> None:
         """Have the whole student on this rank's device, for evaluation."""
         self._module.student.to(self._strategy.root_device)
+        self._module.adapters.to(self._strategy.root_device)
         set_device(self._module, self._strategy.root_device)
 
     def owned_tensors(self) -> list[tuple[list[Tensor], int]]:

@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, silence_sigterm_broadcast
+from lightning_pipebd.lightning_internals import COMPLETE, ProcessGroupStrategy, silence_sigterm_broadcast
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.explain import explain_plan
 from lightning_pipebd.planning.plan import Plan
@@ -49,10 +49,10 @@ class PipeBDStrategy(ProcessGroupStrategy):
         plan: Which rank computes which rows of which block: text (``"0-1|2-3"``, ``"0-1*2|2-5"``), ``"joint"``, the
             path of a YAML file, its content as a dictionary, or a :class:`~lightning_pipebd.planning.plan.Plan`.
             ``None`` splits the blocks evenly by parameters and activations.
-        max_in_flight: Steps by which a rank may run ahead of the rank that receives from it, at least 1. More hides
-            more jitter and holds more boundary activations.
+        max_in_flight: Steps of boundaries that wait at the receiver, and as many under way to it, at least 1: a rank
+            runs ahead of its receiver by up to twice that. More hides more jitter and holds more activations.
         process_group_backend: Backend of the default process group; ``None`` takes NCCL on GPUs and gloo elsewhere.
-        timeout: Time after which a collective operation (validation, checkpoint) fails.
+        timeout: Time after which a collective operation (validation, checkpoint, a shared block's reduction) fails.
         kwargs: Accelerator, plugins and environment, as Lightning passes them.
 
     Raises:
@@ -118,6 +118,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
             self.root_device,
             edges=plan_edges(plan) if plan else (),
             groups=[plan.student_ranks(block) for block in range(plan.num_blocks)] if plan else (),
+            timeout=self._timeout,
             share_device=len(set(self.parallel_devices or ())) < self.num_processes,
         )
         self._synchronise(module)
@@ -137,7 +138,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         silence_sigterm_broadcast(trainer)
         is_synchronised = self.layer_sync
         warn_of_statistics(plan, module, is_synchronised=is_synchronised)
-        traits = module.block_pairs.traits(is_synchronised=is_synchronised)
+        traits = module.block_pairs.traits(module.example_input_array, is_synchronised=is_synchronised)
         rank_zero_info(explain_plan(plan, traits, target_blocks=module.target_blocks))
 
     def _synchronise(self, module: BlockwiseDistillationModule) -> None:
@@ -261,7 +262,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         # While training, every rank has the same epoch means already. While evaluating, a rank without rows of a short
         # batch is not in its step: values are exchanged once, when the loop has ended.
         is_training = self._session is not None and require_module(self.lightning_module).trainer.training
-        if self._is_in_evaluation_step or is_training:
+        if self._is_in_evaluation_step or is_training or group is COMPLETE:
             return tensor
         if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg"):
             # Sums and numbers of rows alike: a mean rounded to float32, or to an integer, would be a wrong weight.

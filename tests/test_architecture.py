@@ -182,7 +182,7 @@ def modules_are_named_for_what_they_do(modules: list[Module]) -> Iterator[str]:
 def only_transport_communicates(modules: list[Module]) -> Iterator[str]:
     for module in modules:
         # Lightning's own hooks (barrier, broadcast) are collectives by definition, and run before a transport exists.
-        is_host = module.floor == "root" and module.stem == "lightning_internals"
+        is_host = module.name == f"{PACKAGE}.{LIGHTNING_INTERNALS}"
         is_transport = is_host or (module.floor == "runtime" and module.stem.startswith("transport"))
         allowed = (
             (COMMUNICATION | MEMBERSHIP)

@@ -33,7 +33,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 def _run(module: str, **changes: Any) -> Run:
-    return Run(**({"module": module, "num_rows": 42, "trainer": TRAINER} | changes))
+    arguments: dict[str, Any] = {"module": module, "num_rows": 42, "trainer": TRAINER}
+    return Run(**(arguments | changes))
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,8 @@ def _relay_lines(
         name = "targets" if boundary == TARGETS else f"boundary {boundary}"
         size = sizes.get(boundary)
         if num_rows is None:
-            part = f"{Fraction(rows, exact_rows)} of the rows" + (f", {_bytes(size)} per row" if size else "")
+            share = "all rows" if rows == exact_rows else f"{Fraction(rows, exact_rows)} of the rows"
+            part = share + (f", {_bytes(size)} per row" if size else "")
         else:
             part = f"{rows} of {num_rows} rows" + (f", {_bytes(size * rows)}" if size else "")
         yield f"rank {sender} to rank {receiver}: {name}, {part}"

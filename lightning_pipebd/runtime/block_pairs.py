@@ -24,6 +24,7 @@ from lightning_pipebd.runtime.partition import (
     has_batch_statistics,
     is_stochastic,
 )
+from lightning_pipebd.runtime.row_trees import count_rows
 
 __all__ = ["BlockPairs", "pair_blocks"]
 
@@ -94,25 +95,33 @@ class BlockPairs:
             input_adapters=by_side["input"],
         )
 
-    def traits(self, *, is_synchronised: bool = False) -> list[BlockTraits]:
-        """Say of each student block what decides how exactly a plan repeats one process."""
+    def traits(self, example: Any = None, *, is_synchronised: bool = False) -> list[BlockTraits]:
+        """Say of each block what decides how exactly a plan repeats one process, and what it relays.
+
+        Args:
+            example: An input of the teacher; ``None`` leaves the boundaries' bytes unknown.
+            is_synchronised: Whether shared blocks take their batch statistics over all rows.
+        """
+        sizes = self.boundary_bytes_per_row(example)
         return [
             BlockTraits(
                 name=name,
+                boundary_bytes_per_row=size,
                 has_batch_statistics=has_batch_statistics(block),
                 is_stochastic=is_stochastic(block),
                 is_synchronised=is_synchronised,
             )
-            for name, block in zip(self.names, self.student.blocks, strict=True)
+            for name, block, size in zip(self.names, self.student.blocks, sizes, strict=True)
         ]
 
-    def boundary_sizes(self, example: Any) -> list[float]:
-        """Count the elements that each teacher block puts out for an example; zeros without an example."""
+    def boundary_bytes_per_row(self, example: Any) -> list[int | None]:
+        """Count the bytes that each teacher block puts out for a row; unknown without an example."""
         if example is None:
-            return [0.0] * len(self.names)
-        trees = boundary_shapes(self.teacher, example)[-len(self.names) :]
+            return [None] * len(self.names)
+        num_rows = count_rows(example)
+        trees = boundary_shapes(self.teacher, example)[1:]
         leaves = [[leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in trees]
-        return [float(sum(leaf.numel() for leaf in tree)) for tree in leaves]
+        return [sum(leaf.nbytes for leaf in tree) // num_rows for tree in leaves]
 
 
 def pair_blocks(

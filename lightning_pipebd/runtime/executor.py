@@ -22,8 +22,9 @@ from torch.utils import _pytree as pytree
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
 from lightning_pipebd.runtime.gradients import GradientReducer
-from lightning_pipebd.runtime.relay import Relay
+from lightning_pipebd.runtime.relay import Relay, RelayError
 from lightning_pipebd.runtime.row_trees import RowTree, find_row_leaves, holds_rows, join_rows, take_rows
+from lightning_pipebd.runtime.transport import TransportError
 
 __all__ = ["Executor", "Jobs", "Span"]
 
@@ -95,7 +96,11 @@ class Executor:
         for index, action in enumerate(program.actions):
             self.current = (program, index)
             start = time.perf_counter()
-            self._act(action, state)
+            try:
+                self._act(action, state)
+            except (RelayError, TransportError) as error:
+                where = f"rank {program.rank}, step {step}, action {index + 1} of {len(program.actions)} ({action})"
+                raise RelayError(f"{where}: {error}") from error
             if self._observer is not None:
                 self._observer(Span(action, start, time.perf_counter()))
             for boundary in [boundary for boundary, last in last_uses.items() if last == index]:

@@ -122,6 +122,7 @@ class ProcessGroupTransport(Transport):
         edges: Pairs (sender, receiver) that exchange boundaries; each gets an NCCL group of its own, so that a receive
             never queues behind a send.
         groups: Sets of ranks that will reduce together.
+        timeout: Time after which a collective fails. A message may be waited for as long as its sender lives.
         share_device: Whether some ranks compute on one GPU; NCCL refuses that, and messages go through host memory.
     """
 
@@ -131,6 +132,7 @@ class ProcessGroupTransport(Transport):
         *,
         edges: Sequence[tuple[int, int]] = (),
         groups: Sequence[tuple[int, ...]] = (),
+        timeout: timedelta = timedelta(minutes=30),
         share_device: bool = False,
     ) -> None:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
@@ -138,14 +140,14 @@ class ProcessGroupTransport(Transport):
         use_nccl = device.type == "cuda" and not share_device
         everyone = list(range(self.num_ranks))
         self._messages: Any = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
-        self._control: Any = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
+        self._control: Any = dist.new_group(everyone, timeout=timeout, backend="gloo")
         self._edges: dict[tuple[int, int], Any] = {}
         if use_nccl:
             self._edges = {edge: dist.new_group(sorted(edge), backend="nccl") for edge in sorted(set(edges))}
         backend = "nccl" if use_nccl else "gloo"
         unique = sorted({tuple(sorted(group)) for group in groups if len(group) > 1})
         self._groups: dict[tuple[int, ...], Any] = {
-            group: dist.new_group(list(group), timeout=_PATIENCE, backend=backend) for group in unique
+            group: dist.new_group(list(group), timeout=timeout, backend=backend) for group in unique
         }
         self._sent: dict[tuple[int, Lane], _LayoutBook] = {}
         self._received: dict[tuple[int, Lane], _LayoutBook] = {}

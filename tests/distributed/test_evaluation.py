@@ -35,7 +35,7 @@ class EvaluationModule(LinearModule):
     def __init__(self) -> None:
         super().__init__()
         self.accuracies = nn.ModuleList(MulticlassAccuracy(NUM_CLASSES, average="micro") for _ in range(4))
-        self.confusion = MulticlassConfusionMatrix(NUM_CLASSES)
+        self.confusions = nn.ModuleList(MulticlassConfusionMatrix(NUM_CLASSES) for _ in range(4))
 
     def evaluate(self, batch: Any, dataloader_idx: int, where: str) -> Any:
         inputs, labels = batch
@@ -51,15 +51,16 @@ class EvaluationModule(LinearModule):
         accuracy = self.accuracies[dataloader_idx]
         accuracy(logits, labels)
         self.log(f"{where}/accuracy", accuracy)
-        self.confusion.update(logits, labels)
+        self.confusions[dataloader_idx].update(logits, labels)
         return losses.mean()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         return self.evaluate(batch, dataloader_idx, "val")
 
     def on_validation_epoch_end(self) -> None:
-        self.log("diagonal", self.confusion.compute().diagonal().sum().float())
-        self.confusion.reset()
+        for index, confusion in enumerate(metric for metric in self.confusions if metric.update_called):
+            self.log(f"diagonal {index}", confusion.compute().diagonal().sum().float())
+            confusion.reset()
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -112,4 +113,6 @@ def test_values_are_those_of_one_process_on_every_rank(name: str, evaluations: d
     for rank in ranks:
         assert list(rank) == list(one)
         for key in one:
-            torch.testing.assert_close(rank[key], one[key], rtol=1e-6, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                rank[key], one[key], rtol=1e-6, atol=1e-7, msg=lambda text, key=key: f"{key}: {text}"
+            )

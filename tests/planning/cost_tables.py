@@ -89,7 +89,9 @@ def random_costs(
         ),
         boundary_bytes_per_row=tuple(rng.randrange(1, 40) for _ in range(num_blocks + 1)),
         target_bytes_per_row=rng.randrange(8),
-        loader=LoaderCost(fixed_ms=rng.uniform(0, 2), per_row_ms=rng.uniform(0, 0.3), occupation=rng.choice([0, 0.5, 1])),
+        loader=LoaderCost(
+            fixed_ms=rng.uniform(0, 2), per_row_ms=rng.uniform(0, 0.3), occupation=rng.choice([0, 0.5, 1])
+        ),
         same_node=link(1) if has_links else LinkCost(),
         other_node=link(5) if has_links else LinkCost(),
         overheads=Overheads(step_ms=rng.uniform(0, 0.5), recv_ms=rng.uniform(0, 0.1), learn_ms=rng.uniform(0, 0.1)),

@@ -136,7 +136,9 @@ def test_a_block_must_be_callable() -> None:
     ("stranger", "name"), [(nn.Linear(3, 3), "weight"), (nn.BatchNorm1d(3, affine=False), "running_mean")]
 )
 def test_a_block_must_be_made_of_the_model(stranger: nn.Module, name: str) -> None:
-    with pytest.raises(PartitionError, match=rf"`student_blocks\[0\]` .* its `{name}` is no .*Register the module in the"):
+    with pytest.raises(
+        PartitionError, match=rf"`student_blocks\[0\]` .* its `{name}` is no .*Register the module in the"
+    ):
         explicit_blocks(nn.Sequential(nn.Linear(3, 3)), [stranger])
 
 
@@ -161,12 +163,16 @@ class CallableObject:
         pytest.param(lambda layer: lambda x: layer(x), "layer", id="closure"),
         pytest.param(lambda layer: lambda x, used=layer: used(x), "used", id="default"),
         pytest.param(lambda layer: layer.forward, "self", id="bound-method"),
-        pytest.param(lambda layer: functools.partial(nn.functional.linear, weight=layer.weight), "weight", id="partial"),
+        pytest.param(
+            lambda layer: functools.partial(nn.functional.linear, weight=layer.weight), "weight", id="partial"
+        ),
         pytest.param(lambda _: through_a_global, "LAYER", id="global"),
         pytest.param(CallableObject, "layers", id="object"),
     ],
 )
 def test_a_plain_function_must_use_no_parameters(make: Any, name: str) -> None:
     model = nn.Sequential(nn.Linear(3, 3))
-    with pytest.raises(PartitionError, match=rf"`student_blocks\[0\]` must use no .* uses `{name}`.*CallableBlock\(func"):
+    with pytest.raises(
+        PartitionError, match=rf"`student_blocks\[0\]` must use no .* uses `{name}`.*CallableBlock\(func"
+    ):
         explicit_blocks(model, [make(model[0])])
