@@ -64,8 +64,8 @@ def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: P
     own = BlockwiseDistillationModule.configure_gradient_clipping
     if trainer.gradient_clip_val and type(module).configure_gradient_clipping is not own:
         warnings.warn(
-            f"`{type(module).__name__}.configure_gradient_clipping` sees the gradients of one rank's blocks only: what it "
-            "computes over several blocks depends on the plan. Clip block by block, as the method that it overrides does.",
+            f"`{type(module).__name__}.configure_gradient_clipping` sees the gradients of one rank's blocks only: what "
+            "it computes over several blocks depends on the plan. Clip block by block, as the overridden method does.",
             stacklevel=2,
         )
     for callback in user_callbacks(trainer):

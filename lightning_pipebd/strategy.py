@@ -130,8 +130,8 @@ class PipeBDStrategy(ProcessGroupStrategy):
         if self.layer_sync:
             self._session.synchronise_batch_norm(self._transport)
         self._session.place_blocks()
-        # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which starts the
-        # training loader.
+        # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which begins to
+        # load.
         self._session.begin(trainer, self.sharing_logs)
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()

@@ -11,7 +11,7 @@ from lightning_pipebd.planning.costs import CostTable
 
 __all__ = ["Bounds", "find_bounds"]
 
-_SWEEPS = 4
+_MAX_PRICE_CHANGES = 20
 
 
 class Bounds(NamedTuple):
@@ -86,18 +86,21 @@ def _work_ms(jobs: Sequence[Sequence[float]], counts: Sequence[int]) -> float:
     """Bound the time in which so many devices of each class can do all jobs, divided at will.
 
     Give every class a price per ms. Each job costs at least its cheapest class, and all devices together earn at most
-    the step time times their prices: a bound for any prices. With one class or two the best prices are found exactly
-    (they make some job equally dear on both), with more they are improved class by class.
+    the step time times their prices: a bound for any prices. One price after another is set where it helps most, which
+    makes some job equally dear on two classes; with two classes that gives the best bound, with more a good one.
     """
     prices = [1 / sum(times) if sum(times) else 1.0 for times in jobs]
     best = _priced_ms(jobs, counts, prices)
-    for _ in range(_SWEEPS if len(counts) > 2 else len(counts) - 1):
-        for index in range(1, len(counts)):
-            for price in _equal_prices(jobs, prices, index):
-                trial = [*prices[:index], price, *prices[index + 1 :]]
-                found = _priced_ms(jobs, counts, trial)
-                if found > best:
-                    best, prices = found, trial
+    for _ in range(_MAX_PRICE_CHANGES if len(counts) > 1 else 0):
+        trials = [
+            [*prices[:index], price, *prices[index + 1 :]]
+            for index in range(len(prices))
+            for price in _equal_prices(jobs, prices, index)
+        ]
+        found, trial = max(((_priced_ms(jobs, counts, trial), trial) for trial in trials), default=(best, prices))
+        if found <= best:
+            break
+        best, prices = found, trial
     return best
 
 
@@ -105,7 +108,8 @@ def _priced_ms(jobs: Sequence[Sequence[float]], counts: Sequence[int], prices: S
     cheapest: Iterator[float] = (
         min(price * time for price, time in zip(prices, times, strict=True)) for times in zip(*jobs, strict=True)
     )
-    return sum(cheapest) / sum(price * count for price, count in zip(prices, counts, strict=True))
+    earned = sum(price * count for price, count in zip(prices, counts, strict=True))
+    return sum(cheapest) / earned if earned else 0.0
 
 
 def _equal_prices(jobs: Sequence[Sequence[float]], prices: Sequence[float], index: int) -> list[float]:

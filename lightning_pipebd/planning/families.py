@@ -28,7 +28,7 @@ class Family(str, Enum):
 
     `single`: everything on one rank. `joint`: every job on all ranks. `straight`: consecutive blocks on one rank each.
     `hybrid`: consecutive blocks on a stage of ranks. `half cut`: a stage may end between a block's teacher and its
-    student. `fractional`: neighbouring stages may share the rows of a job.
+    student. `scattered`: every job on any one rank. `fractional`: neighbouring stages may share the rows of a job.
     """
 
     SINGLE = "single"
@@ -36,6 +36,7 @@ class Family(str, Enum):
     STRAIGHT = "straight"
     HYBRID = "hybrid"
     HALF_CUT = "half cut"
+    SCATTERED = "scattered"
     FRACTIONAL = "fractional"
 
     def __str__(self) -> str:
@@ -96,12 +97,12 @@ class Families:
         self._ceiling_ms = inf
 
     def find(self) -> None:
-        """Fill `found` and `skipped` with all families but the fractional one."""
+        """Fill `found` and `skipped` with the families that are searched exactly."""
         num_blocks, num_rows = self.judge.costs.num_blocks, self.judge.num_rows
         borders = self.stage_costs(border_points(num_blocks))
         self._add_single(borders)
         if self._num_ranks == 1:
-            self.skipped += [(family, "there is one rank") for family in list(Family)[1:]]
+            self.skipped += [(family, "there is one rank") for family in list(Family)[1:5]]
             return
         self._add_joint(borders)
         self._add_stages(Family.STRAIGHT, search_stages(borders, self.judge.cluster, max_replicas=1))

@@ -37,7 +37,7 @@ def add_fractional(families: Families) -> None:
     if not seeds:
         families.skipped.append((Family.FRACTIONAL, "no such plan fits the memory, or it is too large to simulate"))
         return
-    best = min(seeds, key=lambda seed: seed.score).improved()
+    best = min(seeds, key=lambda seed: seed.judgement.score).improved()
     if best.divides_jobs:
         families.add(Family.FRACTIONAL, best.plan, best.stages)
     else:
@@ -73,14 +73,6 @@ class _Seed:
         self.is_allowed = families.judge.fits(self.judgement.memory)
 
     @property
-    def score(self) -> tuple[float, float]:
-        """The step time, and among equal ones how much of it the busiest ranks need."""
-        step_time_ms = self.judgement.step_time_ms
-        # Where several ranks are slowest, moving one cut helps only one of them: such moves must count as gains.
-        spread = sum((busy_ms / step_time_ms) ** 8 for busy_ms in self.judgement.busy_ms) if step_time_ms else 0.0
-        return float(f"{step_time_ms:.9g}"), float(f"{spread:.9g}")
-
-    @property
     def divides_jobs(self) -> bool:
         """Whether any cut lies inside a job."""
         num_rows = self.families.judge.num_rows
@@ -98,7 +90,7 @@ class _Seed:
                 trial = _Seed(self.families, stages)
                 num_actions += trial.judgement.num_actions
                 num_judgements += 1
-                if trial.is_allowed and trial.score < best.score:
+                if trial.is_allowed and trial.judgement.score < best.judgement.score:
                     better = trial
                     break
             if better is None:

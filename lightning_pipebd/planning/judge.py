@@ -39,6 +39,14 @@ class Judgement(NamedTuple):
     limits: tuple[str, ...]
     num_actions: int
 
+    @property
+    def score(self) -> tuple[float, float]:
+        """The step time, and among equal ones how much of it the busiest ranks need; less is better."""
+        # Where several ranks are slowest, moving work helps only one of them: such moves must count as gains.
+        busy = sum((busy_ms / self.step_time_ms) ** 8 for busy_ms in self.busy_ms) if self.step_time_ms else 0.0
+        # Rounded, so that nobody goes after the last bits of sums.
+        return float(f"{self.step_time_ms:.9g}"), float(f"{busy:.9g}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judge:

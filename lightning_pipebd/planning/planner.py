@@ -1,10 +1,11 @@
 """The planner: from measured costs to the plan whose steps take least time.
 
 Families of plans are searched from the plainest to the finest: `single`, `joint`, `straight`, `hybrid`, `half cut`,
-`fractional`. Within a family the stages whose slowest is fastest are found exactly, by the separable costs that
-`stage_costs` describes: a stage costs what it asks of its own ranks' threads, links and loaders, whatever its
-neighbours do. Each family's best plan is then compiled and simulated, which adds what the stage costs leave out; the
-simulator's number is the one that counts. Of all plans within the noise of the best, the simplest family's is chosen.
+`scattered`, `fractional`. For all but the last two the stages whose slowest is fastest are found exactly, by the
+separable costs that `stage_costs` describes: a stage costs what it asks of its own ranks' threads, links and loaders,
+whatever its neighbours do. Each family's best plan is then compiled and simulated, which adds what the stage costs
+leave out; the simulator's number is the one that counts. The last two families are searched by moving jobs and rows and
+asking the simulator each time. Of all plans within the noise of the best, the simplest family's is chosen.
 
 Source: Pipe-BD (arXiv:2301.12443), *Automatic hybrid distribution*, whose exhaustive search of hybrid plans this
 replaces by an exact one for any number of blocks, ranks, nodes and kinds of devices, with memory limits.
@@ -24,6 +25,7 @@ from lightning_pipebd.planning.fractional import add_fractional
 from lightning_pipebd.planning.judge import Judge
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
+from lightning_pipebd.planning.scattered import add_scattered
 
 __all__ = ["PlanChoice", "find_plan"]
 
@@ -163,6 +165,7 @@ def _changing_blocks(costs: CostTable, traits: Sequence[BlockTraits]) -> tuple[i
 def _search(judge: Judge, whole_students: Collection[int], level: Exactness) -> Families:
     families = Families(judge, whole_students=whole_students, divides_rows=level is not Exactness.BITWISE)
     families.find()
+    add_scattered(families)
     add_fractional(families)
     return families
 

@@ -140,8 +140,8 @@ def pair_blocks(
     has_lists = teacher_blocks is not None and student_blocks is not None
     if (block_map is None) != has_lists or (teacher_blocks is None) != (student_blocks is None):
         msg = (
-            "`block_map` must be given, or both `teacher_blocks` and `student_blocks`, but not all of them. Name module "
-            "paths after which the activations shall match, or list the blocks of both models."
+            "`block_map` must be given, or both `teacher_blocks` and `student_blocks`, but not all of them. Name "
+            "module paths after which the activations shall match, or list the blocks of both models."
         )
         raise PartitionError(msg)
     if block_map is not None:

@@ -104,8 +104,8 @@ def _check_constant(whole: Any, part: Any, num_rows: int, num_probe_rows: int, s
     if isinstance(whole, (int, float)) and whole != part:
         msg = (
             f"`{subject}` must give numbers that are the same for any number of rows, but gave {whole!r} for "
-            f"{num_rows} rows and {part!r} for {num_probe_rows}. Use a plan that keeps all rows of a block on one rank, "
-            "or let the next block read the number off a tensor's shape."
+            f"{num_rows} rows and {part!r} for {num_probe_rows}. Use a plan that keeps all rows of a block on one "
+            "rank, or let the next block read the number off a tensor's shape."
         )
         raise ValueError(msg)
 

@@ -50,23 +50,25 @@ def under_plan(
 def on_both(
     scenario: Callable[..., Any],
     names: Sequence[str],
-    *,
+    *args: object,
     plan: Any = "0-1|2-4",
     num_ranks: int = 2,
     timeout: float = 100.0,
 ) -> dict[str, Both]:
-    """Run ``scenario(make_trainer, name)`` for every name, all of them in one launch of processes."""
-    one = run_processes(1, _run, _run_cases, (scenario, names), None, 1, timeout=timeout)[0]
-    ranks = run_processes(num_ranks, _run, _run_cases, (scenario, names), plan, num_ranks, timeout=timeout)
+    """Run ``scenario(make_trainer, name, *args)`` for every name, all of them in one launch of processes."""
+    one = run_processes(1, _run, _run_cases, (scenario, names, *args), None, 1, timeout=timeout)[0]
+    ranks = run_processes(num_ranks, _run, _run_cases, (scenario, names, *args), plan, num_ranks, timeout=timeout)
     return {name: Both(one[name], [rank[name] for rank in ranks]) for name in names}
 
 
-def _run_cases(make_trainer: MakeTrainer, scenario: Callable[..., Any], names: Sequence[str]) -> dict[str, Any]:
+def _run_cases(
+    make_trainer: MakeTrainer, scenario: Callable[..., Any], names: Sequence[str], *args: object
+) -> dict[str, Any]:
     results = {}
     for name in names:
         seed_everything(3, verbose=False)
         try:
-            results[name] = scenario(make_trainer, name)
+            results[name] = scenario(make_trainer, name, *args)
         except Exception as error:
             raise RuntimeError(f"case {name!r} failed: {error}") from error
     return results

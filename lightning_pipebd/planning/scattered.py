@@ -1,0 +1,116 @@
+"""Scattered plans: whole jobs on any ranks, which balances coarse blocks best without dividing a single row.
+
+Teachers are stateless and students are independent, so nothing asks that a rank's jobs be neighbours; the price is that
+more boundaries travel, and that a rank may wait for rows that come round by other ranks. To balance whole jobs best is
+as hard as packing, so this is a local search: jobs of the busiest rank are moved to other ranks or exchanged for other
+jobs, the most promising by their times first, and kept if the simulator, which knows the price, agrees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+
+from lightning_pipebd.planning.families import Families, Family
+from lightning_pipebd.planning.judge import Judgement
+from lightning_pipebd.planning.plan import Plan, Share
+
+__all__ = ["add_scattered"]
+
+#: Actions that the search may have simulated, and moves that it tries before it gives up on a plan.
+_MAX_ACTIONS = 30_000
+_MAX_MOVES = 12
+
+
+def add_scattered(families: Families) -> None:
+    """Add the best scattered plan, if there is one that the other families do not have."""
+    if families.judge.cluster.num_ranks == 1:
+        families.skipped.append((Family.SCATTERED, "there is one rank"))
+        return
+    times = _job_times(families)
+    whole = [
+        tuple(job[0].rank for pair in zip(plan.teacher, plan.student, strict=True) for job in pair)
+        for plan in (entry.candidate.plan for entry in families.found)
+        if not plan.has_split_students and not plan.has_split_teachers and families.judge.can_simulate(plan)
+    ]
+    trials = [_Trial(families, times, ranks) for ranks in dict.fromkeys([*whole, _packed(times)])]
+    fitting = [trial.improved() for trial in trials if trial.fits]
+    if fitting:
+        families.add(Family.SCATTERED, min(fitting, key=lambda trial: trial.judgement.score).plan)
+    else:
+        families.skipped.append((Family.SCATTERED, "no such plan was found that fits the memory"))
+
+
+def _job_times(families: Families) -> list[list[float]]:
+    """Give the time of every job on every rank: teacher and student of block 0, of block 1, and so on."""
+    costs, cluster, num_rows = families.judge.costs, families.judge.cluster, families.judge.num_rows
+    times: list[list[float]] = []
+    for block in range(costs.num_blocks):
+        of_ranks = [costs.times(name)[block] for name in cluster.device_class]
+        times.append([entry.teach_ms.at(num_rows) for entry in of_ranks])
+        times.append([entry.learn_ms.at(num_rows) + entry.update_ms for entry in of_ranks])
+    return times
+
+
+def _packed(times: list[list[float]]) -> tuple[int, ...]:
+    """Put one job after another, the longest first, where it ends first."""
+    loads = [0.0] * len(times[0])
+    ranks = [0] * len(times)
+    for job in sorted(range(len(times)), key=lambda job: -min(times[job])):
+        ranks[job] = min(range(len(loads)), key=lambda rank: loads[rank] + times[job][rank])
+        loads[ranks[job]] += times[job][ranks[job]]
+    return tuple(ranks)
+
+
+class _Trial:
+    """A scattered plan with what the simulator says of it."""
+
+    def __init__(self, families: Families, times: list[list[float]], ranks: tuple[int, ...]) -> None:
+        self.families = families
+        self.times = times
+        self.ranks = ranks
+        jobs = [(Share(rank, Fraction(1)),) for rank in ranks]
+        self.plan = Plan(num_ranks=len(times[0]), teacher=tuple(jobs[::2]), student=tuple(jobs[1::2]))
+        self.judgement: Judgement = families.judge.judge(self.plan)
+        self.fits = families.judge.fits(self.judgement.memory)
+
+    def improved(self) -> _Trial:
+        """Move jobs as long as that helps and may be tried."""
+        best, num_actions = self, 0
+        while True:
+            better = None
+            for ranks in best.moved()[:_MAX_MOVES]:
+                trial = _Trial(self.families, self.times, ranks)
+                num_actions += trial.judgement.num_actions
+                if trial.fits and trial.judgement.score < best.judgement.score:
+                    better = trial
+                    break
+            if better is None or num_actions > _MAX_ACTIONS:
+                return better or best
+            best = better
+
+    def moved(self) -> list[tuple[int, ...]]:
+        """List the plans in which the busiest rank gave up a job, the best balanced first."""
+        loads = [0.0] * len(self.times[0])
+        for job, rank in enumerate(self.ranks):
+            loads[rank] += self.times[job][rank]
+        busiest = max(range(len(loads)), key=lambda rank: (self.judgement.busy_ms[rank], loads[rank]))
+        moves = sorted(move for move in self._moves(busiest, loads) if move[0] < loads[busiest])
+        return [ranks for _, ranks in moves]
+
+    def _moves(self, busiest: int, loads: list[float]) -> Iterator[tuple[float, tuple[int, ...]]]:
+        """Give every move of a job of the busiest rank with the load of the busier of the two ranks it concerns."""
+        for job in [job for job, rank in enumerate(self.ranks) if rank == busiest]:
+            left = loads[busiest] - self.times[job][busiest]
+            for rank, load in enumerate(loads):
+                if rank != busiest:
+                    yield max(left, load + self.times[job][rank]), _replaced(self.ranks, {job: rank})
+            for other, rank in enumerate(self.ranks):
+                if rank != busiest:
+                    gained = left + self.times[other][busiest]
+                    lost = loads[rank] - self.times[other][rank] + self.times[job][rank]
+                    yield max(gained, lost), _replaced(self.ranks, {job: rank, other: busiest})
+
+
+def _replaced(ranks: tuple[int, ...], changes: dict[int, int]) -> tuple[int, ...]:
+    return tuple(changes.get(job, rank) for job, rank in enumerate(ranks))
