@@ -37,6 +37,7 @@ class BlockMetrics(Callback):
         transport: Carries the losses.
         contributors: Ranks that learn a block.
         sharing_logs: Context in which logged values count as those of all ranks.
+        assemble_student: **Collective** over all ranks: gives every rank the present weights of all blocks.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class BlockMetrics(Callback):
         transport: Transport,
         contributors: frozenset[int],
         sharing_logs: Callable[[], AbstractContextManager[None]],
+        assemble_student: Callable[[], None],
     ) -> None:
         self._sharing_logs = sharing_logs
+        self._assemble_student = assemble_student
         self._transport = transport
         self._contributors = contributors
         is_zero = transport.rank == 0
@@ -101,7 +104,11 @@ class BlockMetrics(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """**Collective** over all ranks: log every block's last loss and mean over the epoch on every rank."""
+        """**Collective** over all ranks: log every block's last loss and its mean over the epoch, on every rank.
+
+        The user's hooks that follow, up to ``on_train_end``, find the whole student on every rank.
+        """
+        self._assemble_student()
         mine = _Report(_read(self._sums), _read(self._latest), self._num_posted)
         everyone = [_Report(*report) for report in self._transport.all_gather_object(tuple(mine))]
         for peer, mailbox in self._mailboxes.items():

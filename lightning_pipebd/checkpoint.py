@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
@@ -60,6 +61,8 @@ class PrunedOptimizer:
         own = {self._local[index]: state for index, state in local["state"].items()}
         own = {number: state for number, state in own.items() if number in self._owned}
         if transport.rank:
+            # To host memory: rank 0's device has no room for the states of all blocks.
+            own = pytree.tree_map_only(Tensor, Tensor.cpu, own)
             transport.send(Message((0, 0, 0, 0), own), 0, Lane.STATE).wait()
         else:
             for peer in range(1, transport.num_ranks):

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_collate
 
 from lightning_pipebd.lightning_internals import StagedBatch
 from lightning_pipebd.planning.plan import Rows
@@ -79,8 +79,8 @@ def check_loader(loader: object) -> None:
 class RowLoader:
     """Load an interval of the rows of every batch, in the order in which one process would.
 
-    A map-style dataset is asked for these rows only. Anything else (an iterable dataset, a list of batches) is iterated
-    whole, and the other rows are dropped.
+    A map-style dataset is asked for these rows only. Anything else (an iterable dataset, a list of batches, a loader
+    with a collate function of the user's) is iterated whole, and the other rows are dropped.
 
     Args:
         loader: Any iterable of batches.
@@ -240,11 +240,12 @@ class HeaderLoader:
     """A training loader without data: yields a :class:`BatchHeader` for every batch that is loaded elsewhere.
 
     Args:
-        loader: The user's loader, asked for its length only.
+        loader: The user's loader, asked for its length and attributes only.
         mailbox: Where the headers come from.
     """
 
     def __init__(self, loader: object, mailbox: Mailbox) -> None:
+        self._loader = loader
         self._mailbox = mailbox
         self._length = _sized_length(loader)
         self.loaded: deque[Loaded] = deque()
@@ -253,6 +254,12 @@ class HeaderLoader:
         if self._length is None:
             raise TypeError("the loader on the loading rank has no length")
         return self._length
+
+    def __getattr__(self, name: str) -> Any:
+        # What a user reads from `trainer.train_dataloader`. Its state belongs to the loading rank.
+        if name.startswith("__") or name in ("_loader", "state_dict", "load_state_dict"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[BatchHeader]:
         self.loaded.clear()
@@ -330,6 +337,8 @@ def _has_batches_of_indices(loader: object) -> bool:
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)
         and loader.batch_sampler is not None
+        # Another collate function may look at the whole batch (padding to its longest row): it gets whole batches.
+        and loader.collate_fn is default_collate
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import (
     _get_default_process_group_backend_for_device,
     _init_dist_connection,
@@ -32,9 +33,11 @@ __all__ = [
     "is_logging_step",
     "logging_step",
     "remove_callback",
+    "seed_workers",
     "set_device",
     "silence_sigterm_broadcast",
     "user_callbacks",
+    "validates_by_time",
 ]
 
 _SIGTERM_BROADCAST = "_broadcast_sigterm_tensor"
@@ -196,6 +199,19 @@ def silence_sigterm_broadcast(trainer: Trainer) -> None:
         setattr(loop, _SIGTERM_BROADCAST, lambda: None)
 
 
+def seed_workers(loader: object, position: int) -> None:
+    """Let a loader's workers draw what one process would have them draw (``seed_everything(workers=True)``).
+
+    Lightning does this for the loaders that it gets back from a strategy, and with the number of the process; ours hide
+    the user's, and the plan says which process loads.
+
+    Args:
+        loader: The user's loader.
+        position: 0 for the rank that loads the first rows, 1 for the next.
+    """
+    _auto_add_worker_init_fn(loader, position)
+
+
 def logging_step(trainer: Trainer) -> int:
     """Give the step that Lightning's loggers write now: optimizer steps so far, counted as the loggers count."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -229,3 +245,8 @@ def remove_callback(trainer: Trainer, callback: Callback) -> None:
 def user_callbacks(trainer: Trainer) -> list[Callback]:
     """Give the trainer's callbacks."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def validates_by_time(trainer: Trainer) -> bool:
+    """Tell whether ``val_check_interval`` is a time (since Lightning 2.6)."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None

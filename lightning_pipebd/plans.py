@@ -25,7 +25,7 @@ def load_plan(path: str | Path) -> Plan:
     """
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeError, yaml.YAMLError) as error:
         raise PlanError(f"`plan` must name a readable YAML file, but {path} is not: {error}") from error
     return parse_plan(data) if isinstance(data, str) else _from_dict(data, str(path))
 

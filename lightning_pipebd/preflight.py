@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     LearningRateFinder,
@@ -17,13 +19,22 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
+from torch import nn
 
-from lightning_pipebd.lightning_internals import user_callbacks
+from lightning_pipebd.lightning_internals import user_callbacks, validates_by_time
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.explain import Exactness, exactness_of
 from lightning_pipebd.planning.plan import Plan
 
-__all__ = ["check_optimizers", "check_trainer", "require_module", "warn_of_statistics"]
+__all__ = [
+    "check_callbacks",
+    "check_optimizers",
+    "check_schedulers",
+    "check_trainer",
+    "require_module",
+    "warn_of_statistics",
+]
 
 _STEP_KEYS = re.compile(r"train/loss|train/block/\d+/loss")
 _COUPLING_OPTIMIZERS = (torch.optim.LBFGS,)
@@ -68,11 +79,28 @@ def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: P
             "it computes over several blocks depends on the plan. Clip block by block, as the overridden method does.",
             stacklevel=2,
         )
-    for callback in user_callbacks(trainer):
-        _check_callback(callback)
+    if validates_by_time(trainer):
+        msg = (
+            "`val_check_interval` must count batches, but is a time: ranks are at different batches at one time, and "
+            "must validate after the same one. Give a number of batches or a fraction of an epoch."
+        )
+        raise ValueError(msg)
+    check_callbacks(trainer)
     _check_batch_norm(trainer, module, plan)
     if module.example_input_array is not None:
         module.check_shapes(module.example_input_array)
+
+
+def check_callbacks(trainer: Trainer) -> None:
+    """Raise for callbacks that cannot work, warn of those that cost speed.
+
+    Called again when the module has added its own (``configure_callbacks``), which is after the other processes start.
+
+    Raises:
+        ValueError: A callback cannot work; the message says why and what to do instead.
+    """
+    for callback in user_callbacks(trainer):
+        _check_callback(callback)
 
 
 def _check_callback(callback: object) -> None:
@@ -87,6 +115,12 @@ def _check_callback(callback: object) -> None:
         msg = (
             f"`{name}` must judge the training by the whole loss, but a rank has only that of its own blocks. "
             "Run it with `strategy='auto'`."
+        )
+        raise ValueError(msg)
+    if isinstance(callback, BaseFinetuning):
+        msg = (
+            f"`{name}` must not give the optimizer parameters while it trains: each rank has pruned it to its blocks. "
+            "Name all parameters in `configure_optimizers`, and let a schedule keep the learning rate of some at 0."
         )
         raise ValueError(msg)
     if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
@@ -110,7 +144,8 @@ def _check_callback(callback: object) -> None:
         )
     if isinstance(callback, Timer) and getattr(callback, "_interval", "step") == "step":
         warnings.warn(
-            "`Timer(interval='step')` makes all ranks wait for each other at every batch. Use `interval='epoch'`.",
+            "`max_time` and `Timer(interval='step')` make all ranks wait for each other at every batch. "
+            "Use the callback `Timer(interval='epoch')`.",
             stacklevel=2,
         )
 
@@ -155,11 +190,11 @@ def warn_of_statistics(plan: Plan, module: BlockwiseDistillationModule, *, is_sy
     )
 
 
-def check_optimizers(optimizers: list[torch.optim.Optimizer], module: BlockwiseDistillationModule) -> None:
-    """Raise for optimizers that cannot be divided by blocks.
+def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], module: BlockwiseDistillationModule) -> None:
+    """Raise for optimizers that cannot be divided by blocks, warn of parameters that will not be trained as meant.
 
     Raises:
-        ValueError: An optimizer couples blocks, or trains the teacher, or trains no block.
+        ValueError: An optimizer couples blocks, or trains the teacher.
     """
     teacher = {id(parameter) for parameter in module.teacher.parameters()}
     for optimizer in optimizers:
@@ -172,14 +207,51 @@ def check_optimizers(optimizers: list[torch.optim.Optimizer], module: BlockwiseD
         parameters = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if parameters & teacher:
             raise ValueError("`configure_optimizers` must leave the teacher's parameters out: it is frozen.")
-        idle = [
-            name
-            for block, name in enumerate(module.block_pairs.names)
-            if not parameters & {id(parameter) for parameter in module.block_parameters(block)}
-        ]
-        if idle:
-            warnings.warn(
-                f"The optimizer has no parameter of the blocks {', '.join(idle)}: they will not change. "
-                "Give it `self.trainable_parameters()`.",
-                stacklevel=2,
+        _warn_of_idle(parameters, module)
+        _warn_of_strangers(parameters, module)
+
+
+def _warn_of_idle(parameters: set[int], module: BlockwiseDistillationModule) -> None:
+    def is_idle(candidates: Iterable[nn.Parameter]) -> bool:
+        trained = [parameter for parameter in candidates if parameter.requires_grad]
+        return bool(trained) and not parameters & {id(parameter) for parameter in trained}
+
+    idle = [
+        f"block {name}"
+        for block, name in enumerate(module.block_pairs.names)
+        if is_idle(module.block_parameters(block))
+    ]
+    idle += [f"adapter {name}" for name, adapter in module.adapters.items() if is_idle(adapter.parameters())]
+    if idle:
+        warnings.warn(
+            f"The optimizer has no parameter of {', '.join(idle)}: they will not change. "
+            "Give it `self.trainable_parameters()`.",
+            stacklevel=2,
+        )
+
+
+def _warn_of_strangers(parameters: set[int], module: BlockwiseDistillationModule) -> None:
+    of_blocks = {id(parameter) for parameter in [*module.student.parameters(), *module.adapters.parameters()]}
+    strangers = [name for name, parameter in module.named_parameters() if id(parameter) in parameters - of_blocks]
+    if strangers:
+        warnings.warn(
+            f"The optimizer has parameters that belong to no block: {', '.join(strangers[:3])}. Under a plan only the "
+            "blocks of rank 0 train them. Make them part of an adapter, or give the optimizer "
+            "`self.trainable_parameters()`.",
+            stacklevel=2,
+        )
+
+
+def check_schedulers(configs: Iterable[LRSchedulerConfig]) -> None:
+    """Raise for schedulers that follow what only one rank knows.
+
+    Raises:
+        ValueError: A scheduler follows the loss of a step at every step.
+    """
+    for config in configs:
+        if config.reduce_on_plateau and config.interval == "step" and _STEP_KEYS.fullmatch(config.monitor or ""):
+            msg = (
+                f"`monitor` of {type(config.scheduler).__name__} must be known on every rank, but {config.monitor!r} "
+                f"is a step's loss. Monitor {config.monitor + '_epoch'!r} with `interval: epoch`."
             )
+            raise ValueError(msg)

@@ -16,7 +16,13 @@ from torch.optim import Optimizer
 from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data import HeaderLoader, RowLoader, TrainLoader, header_loader
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, add_callback, remove_callback, set_device
+from lightning_pipebd.lightning_internals import (
+    ProcessGroupStrategy,
+    add_callback,
+    remove_callback,
+    seed_workers,
+    set_device,
+)
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.plan import Plan, Rows
@@ -88,12 +94,18 @@ class TrainingSession:
 
     # Life.
 
-    def begin(self, trainer: Trainer, sharing_logs: Callable[[], AbstractContextManager[None]]) -> None:
+    def begin(
+        self,
+        trainer: Trainer,
+        sharing_logs: Callable[[], AbstractContextManager[None]],
+        assemble_student: Callable[[], None],
+    ) -> None:
         """Open the connections; every rank of the plan must do so.
 
         Args:
             trainer: Gets a callback that logs the block losses.
             sharing_logs: Context in which logged values are exchanged.
+            assemble_student: Gives every rank the present weights of all blocks.
         """
         edges = plan_edges(self._plan)
         transport, first = self._transport, self._plan.loading_ranks[0]
@@ -107,7 +119,7 @@ class TrainingSession:
         self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first else None
         self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
         contributors = {rank for block in range(self._plan.num_blocks) for rank in self._plan.student_ranks(block)}
-        self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs)
+        self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs, assemble_student)
         add_callback(trainer, self._metrics)
         parameters = {block: self._module.block_parameters(block) for block in self._learned}
         self.scalers = BlockScalers(self._strategy.precision_plugin, parameters, self._strategy.root_device, transport)
@@ -148,6 +160,10 @@ class TrainingSession:
             self._norms.restore()
         if self._is_open and not self._is_abandoned:
             self.close()
+
+    def is_for(self, module: BlockwiseDistillationModule) -> bool:
+        """Tell whether this fit is or was the module's."""
+        return module is self._module
 
     # Blocks on devices.
 
@@ -233,6 +249,7 @@ class TrainingSession:
             self._train_loader = header_loader(loader, self._mailbox)
             return self._train_loader
         position = ranks.index(self._rank)
+        seed_workers(loader, position)
         start = sum((share.share for share in shares[:position]), Fraction(0))
         self._train_loader = TrainLoader(
             RowLoader(loader, (start, start + shares[position].share)),

@@ -22,12 +22,19 @@ from typing_extensions import override
 from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
-from lightning_pipebd.lightning_internals import COMPLETE, ProcessGroupStrategy, silence_sigterm_broadcast
+from lightning_pipebd.lightning_internals import COMPLETE, ProcessGroupStrategy, seed_workers, silence_sigterm_broadcast
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.explain import explain_plan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.plans import resolve_plan
-from lightning_pipebd.preflight import check_optimizers, check_trainer, require_module, warn_of_statistics
+from lightning_pipebd.preflight import (
+    check_callbacks,
+    check_optimizers,
+    check_schedulers,
+    check_trainer,
+    require_module,
+    warn_of_statistics,
+)
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession, plan_edges
 
@@ -111,9 +118,11 @@ class PipeBDStrategy(ProcessGroupStrategy):
         self.accelerator.setup(trainer)
         module = require_module(self.lightning_module)
         self.model = self.precision_plugin.convert_module(module)
-        self._session = None
-        self._handed_over_at = -1
         plan = self.plan if trainer.state.fn == TrainerFn.FITTING else None
+        # After `fit` and `validate`, `trainer.save_checkpoint` still asks for the optimizer's state.
+        if plan is not None or self._session is None or not self._session.is_for(module):
+            self._session = None
+            self._handed_over_at = -1
         self._transport = ProcessGroupTransport(
             self.root_device,
             edges=plan_edges(plan) if plan else (),
@@ -126,13 +135,14 @@ class PipeBDStrategy(ProcessGroupStrategy):
             self.model_to_device()
             self.setup_precision_plugin()
             return
+        check_callbacks(trainer)
         self._session = TrainingSession(module, plan, self._transport, self, max_in_flight=self._max_in_flight)
         if self.layer_sync:
             self._session.synchronise_batch_norm(self._transport)
         self._session.place_blocks()
-        # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which begins to
-        # load.
-        self._session.begin(trainer, self.sharing_logs)
+        # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which begins
+        # to load.
+        self._session.begin(trainer, self.sharing_logs, self._assemble_student)
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         silence_sigterm_broadcast(trainer)
@@ -160,6 +170,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         super().setup_optimizers(trainer)
         module = require_module(self.lightning_module)
         check_optimizers(self.optimizers, module)
+        check_schedulers(self.lr_scheduler_configs)
         assert self._session is not None
         self._session.prune(self.optimizers)
 
@@ -181,6 +192,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         if module.trainer.predicting:
             return dataloader
         rank, num_ranks = self._transport.rank, self._transport.num_ranks
+        seed_workers(dataloader, rank)
         interval = (Fraction(rank, num_ranks), Fraction(rank + 1, num_ranks))
         return EvaluationLoader(RowLoader(dataloader, interval, min_rows=num_ranks), self._transport)
 

@@ -111,7 +111,9 @@ class TestPrunedOptimizer:
         optimizer, ranks = make_optimizer(model), Ranks(make_optimizer, layers)
         step(model, optimizer, num_steps)
         ranks.step(num_steps)
-        assert values_of(ranks.state()) == values_of(optimizer.state_dict())
+        state = ranks.state()
+        assert values_of(state) == values_of(optimizer.state_dict())
+        assert list(state["state"]) == list(optimizer.state_dict()["state"])
 
     def test_state_of_one_device_goes_on_under_any_plan(
         self, make_optimizer: MakeOptimizer, layers: Sequence[tuple[int, ...]]
@@ -145,6 +147,13 @@ class TestPruning:
         ranks = Ranks(OPTIMIZERS["Adagrad, which has state from the start"], THREE_RANKS)
         assert [len(pruned.optimizer.state) for pruned in ranks.pruned] == [2, 4, 4]
         assert [len(pruned.optimizer.param_groups[0]["params"]) for pruned in ranks.pruned] == [2, 4, 4]
+
+    def test_state_of_a_shared_layer_is_its_owners(self) -> None:
+        ranks = Ranks(OPTIMIZERS["SGD with momentum"], ((0,), (1,), (1, 2), (2,)))
+        ranks.step(1)
+        shared = ranks.models[2].get_parameter("2.weight")
+        ranks.pruned[2].optimizer.state[shared]["momentum_buffer"].zero_()
+        assert ranks.state()["state"][4]["momentum_buffer"].count_nonzero() == 4
 
     def test_empty_groups_keep_their_numbers_and_their_rates(self) -> None:
         ranks = Ranks(two_groups, THREE_RANKS)
@@ -215,7 +224,10 @@ def synchronise_all(tensors: list[list[Tensor]]) -> list[list[str]]:
 
 class TestSynchronise:
     def test_equal_tensors_are_not_exchanged(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delattr(LocalTransport, "broadcast")
+        def refuse(transport: LocalTransport, tensor: Tensor, source: int) -> None:
+            raise AssertionError("nothing differs")
+
+        monkeypatch.setattr(LocalTransport, "broadcast", refuse)
         everyone = [[*make_tensors(7), torch.tensor([float("nan"), -0.0])] for _ in range(3)]
         assert synchronise_all(everyone) == [[]] * 3
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from tests.helpers.scenarios import Both, MakeTrainer, on_both
+from tests.helpers.scenarios import Both, MakeTrainer, on_both, under_plan
 from tests.helpers.toy import ToyData, ToyStream, make_module
+from tests.helpers.training import assert_same_checkpoint, load
 
 pytestmark = pytest.mark.spawn
 
@@ -106,9 +108,14 @@ def loader(num_rows: int = 20, batch_size: int = 4, **arguments: Any) -> DataLoa
     return DataLoader(ToyData(num_rows, SHAPE), batch_size=batch_size, **arguments)
 
 
+#: Keys of a case that are no argument of the trainer.
+OURS = {"data", "validation", "callback", "seed_workers"}
+
+
 def fit(make_trainer: MakeTrainer, name: str) -> dict[str, Any]:
     case, module, recorder = CASES[name], make_module("linear"), Recorder()
-    settings = {key: value for key, value in case.items() if key not in ("data", "validation", "callback")}
+    seed_everything(3, workers=case.get("seed_workers", False), verbose=False)
+    settings = {key: value for key, value in case.items() if key not in OURS}
     trainer = make_trainer(callbacks=[recorder, *([case["callback"]()] if "callback" in case else [])], **settings)
     data = case.get("data", loader)()
     if isinstance(data, LightningDataModule):
@@ -131,6 +138,8 @@ class StopAfterTwo(Callback):
 
 
 CASES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "the strategy's name": {"strategy": "pipebd"},
     "max_steps": {"max_steps": 7},
     "max_steps and no max_epochs": {"max_steps": 7, "max_epochs": -1},
     "max_epochs=0": {"max_epochs": 0},
@@ -180,6 +189,10 @@ CASES: dict[str, dict[str, Any]] = {
     "random data from workers": {
         "data": lambda: DataLoader(RandomData(20, SHAPE), batch_size=4, shuffle=True, num_workers=1),
     },
+    "random data from seeded workers": {
+        "data": lambda: DataLoader(RandomData(20, SHAPE), batch_size=4, shuffle=True, num_workers=1),
+        "seed_workers": True,
+    },
     "any iterable of batches": {"data": Batches},
     "a data module": {"data": ToyDataModule},
     "a stream": {"data": lambda: DataLoader(ToyStream(ToyData(22, SHAPE)), batch_size=4)},
@@ -215,3 +228,46 @@ def test_fit_goes_as_in_one_process(name: str, fits: dict[str, Both]) -> None:
         assert rank["events"] == one["events"]
         for key, value in one["student"].items():
             assert torch.equal(value, rank["student"][key])
+
+
+def test_one_device_trains_as_plain_lightning(fits: dict[str, Both]) -> None:
+    alone, plain = fits["the strategy's name"].one, fits["defaults"].one
+    assert alone["events"] == plain["events"]
+    torch.testing.assert_close(alone["student"], plain["student"], rtol=0, atol=0)
+
+
+def evaluate_and_save(make_trainer: MakeTrainer, name: str, folder: str) -> dict[str, Any]:
+    module = make_module("linear")
+    trainer = make_trainer()
+    trainer.fit(module, loader(20), loader(14))
+    getattr(trainer, name)(module, loader(14), **({} if name == "predict" else {"verbose": False}))
+    path = Path(folder) / f"{name}-{trainer.world_size}.ckpt"
+    trainer.save_checkpoint(path)
+    return load(path) if trainer.is_global_zero else {}
+
+
+@pytest.mark.parametrize("name", ["validate", "test", "predict"])
+def test_a_checkpoint_after_an_evaluation_is_that_of_one_process(name: str, saved: dict[str, Both]) -> None:
+    one, (many, _) = saved[name]
+    assert_same_checkpoint(one, many)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Both]:
+    folder = str(tmp_path_factory.mktemp("saved"))
+    return on_both(evaluate_and_save, ["validate", "test", "predict"], folder, plan="0-1|2-3")
+
+
+def use_the_loader(make_trainer: MakeTrainer) -> tuple[int, int, int]:
+    module = make_module("linear")
+    trainer = make_trainer(max_epochs=1)
+    trainer.fit(module, loader(20), loader(14))
+    return (
+        len(trainer.train_dataloader.dataset),
+        trainer.train_dataloader.batch_size,
+        len(trainer.val_dataloaders.dataset),
+    )
+
+
+def test_loaders_that_the_trainer_shows_are_like_the_users_on_every_rank() -> None:
+    assert under_plan(use_the_loader, plan="0-1|2-3") == [(20, 4, 14)] * 2

@@ -110,7 +110,8 @@ class Families:
             self._add_stages(Family.HYBRID, self.search(borders))
         else:
             self.skipped.append((Family.HYBRID, "it divides rows"))
-        self._add_stages(Family.HALF_CUT, self.search(self.stage_costs(half_cut_points(num_blocks, num_rows))))
+        halves = self.stage_costs(half_cut_points(num_blocks, num_rows))
+        self._add_stages(Family.HALF_CUT, self.search(halves, max_stages=_MAX_STAGES // 3))
 
     def least_memory(self) -> str:
         """Say what every rank needs under the plan that asks least of the ranks' memory."""

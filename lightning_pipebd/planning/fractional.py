@@ -17,7 +17,7 @@ from lightning_pipebd.planning.judge import Judgement
 __all__ = ["add_fractional"]
 
 #: Stages that each of the first searches may tabulate.
-_MAX_STAGES = 300_000
+_MAX_STAGES = 150_000
 #: Actions that the second search may have simulated, and how often it may ask.
 _MAX_ACTIONS = 30_000
 _MAX_JUDGEMENTS = 200

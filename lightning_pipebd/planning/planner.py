@@ -26,6 +26,7 @@ from lightning_pipebd.planning.judge import Judge
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.scattered import add_scattered
+from lightning_pipebd.planning.simulate import check_max_in_flight
 
 __all__ = ["PlanChoice", "find_plan"]
 
@@ -105,7 +106,8 @@ def find_plan(
 
     Raises:
         PlanError: Nothing fits the memory; the message has what every rank would need.
-        ValueError: `num_rows` is below 1, `exactness` is unknown, or `traits` are of another model.
+        ValueError: `num_rows` is below 1, `exactness` is unknown, `traits` are of another model, a target block
+            does not exist, or `max_in_flight` is below 1.
 
     Example:
         >>> from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, Curve, DeviceTimes
@@ -125,6 +127,7 @@ def find_plan(
     level = _read_exactness(exactness)
     if num_rows < 1:
         raise ValueError(f"`num_rows` must be at least 1, but is {num_rows}. Give the rows of a batch.")
+    check_max_in_flight(max_in_flight)
     judge = Judge(
         costs=costs, cluster=cluster, num_rows=num_rows, target_blocks=target_blocks, max_in_flight=max_in_flight
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from heapq import nsmallest
 
 from lightning_pipebd.planning.families import Families, Family
 from lightning_pipebd.planning.judge import Judgement
@@ -29,11 +30,17 @@ def add_scattered(families: Families) -> None:
         return
     times = _job_times(families)
     whole = [
-        tuple(job[0].rank for pair in zip(plan.teacher, plan.student, strict=True) for job in pair)
-        for plan in (entry.candidate.plan for entry in families.found)
-        if not plan.has_split_students and not plan.has_split_teachers and families.judge.can_simulate(plan)
+        entry.candidate
+        for entry in families.found
+        if entry.judgement
+        and not entry.candidate.plan.has_split_students
+        and not entry.candidate.plan.has_split_teachers
     ]
-    trials = [_Trial(families, times, ranks) for ranks in dict.fromkeys([*whole, _packed(times)])]
+    starts = [_packed(times)]
+    if whole:
+        best = min(whole, key=lambda candidate: candidate.step_time_ms).plan
+        starts.append(tuple(job[0].rank for jobs in zip(best.teacher, best.student, strict=True) for job in jobs))
+    trials = [_Trial(families, times, ranks) for ranks in starts]
     fitting = [trial.improved() for trial in trials if trial.fits]
     if fitting:
         families.add(Family.SCATTERED, min(fitting, key=lambda trial: trial.judgement.score).plan)
@@ -79,7 +86,7 @@ class _Trial:
         best, num_actions = self, 0
         while True:
             better = None
-            for ranks in best.moved()[:_MAX_MOVES]:
+            for ranks in best.moved():
                 trial = _Trial(self.families, self.times, ranks)
                 num_actions += trial.judgement.num_actions
                 if trial.fits and trial.judgement.score < best.judgement.score:
@@ -89,28 +96,29 @@ class _Trial:
                 return better or best
             best = better
 
-    def moved(self) -> list[tuple[int, ...]]:
-        """List the plans in which the busiest rank gave up a job, the best balanced first."""
+    def moved(self) -> Iterator[tuple[int, ...]]:
+        """Give plans in which the busiest rank gave up a job or exchanged it, the best balanced first."""
         loads = [0.0] * len(self.times[0])
         for job, rank in enumerate(self.ranks):
             loads[rank] += self.times[job][rank]
         busiest = max(range(len(loads)), key=lambda rank: (self.judgement.busy_ms[rank], loads[rank]))
-        moves = sorted(move for move in self._moves(busiest, loads) if move[0] < loads[busiest])
-        return [ranks for _, ranks in moves]
+        moves = (move for move in self._moves(busiest, loads) if move[0] < loads[busiest])
+        for _, job, rank, other in nsmallest(_MAX_MOVES, moves):
+            ranks = list(self.ranks)
+            ranks[job] = rank
+            if other >= 0:
+                ranks[other] = busiest
+            yield tuple(ranks)
 
-    def _moves(self, busiest: int, loads: list[float]) -> Iterator[tuple[float, tuple[int, ...]]]:
-        """Give every move of a job of the busiest rank with the load of the busier of the two ranks it concerns."""
+    def _moves(self, busiest: int, loads: list[float]) -> Iterator[tuple[float, int, int, int]]:
+        """Give the load of the busier of two ranks, the job that moves, where to, and what comes back (-1: nothing)."""
+        times = self.times
         for job in [job for job, rank in enumerate(self.ranks) if rank == busiest]:
-            left = loads[busiest] - self.times[job][busiest]
+            left = loads[busiest] - times[job][busiest]
             for rank, load in enumerate(loads):
                 if rank != busiest:
-                    yield max(left, load + self.times[job][rank]), _replaced(self.ranks, {job: rank})
+                    yield max(left, load + times[job][rank]), job, rank, -1
             for other, rank in enumerate(self.ranks):
                 if rank != busiest:
-                    gained = left + self.times[other][busiest]
-                    lost = loads[rank] - self.times[other][rank] + self.times[job][rank]
-                    yield max(gained, lost), _replaced(self.ranks, {job: rank, other: busiest})
-
-
-def _replaced(ranks: tuple[int, ...], changes: dict[int, int]) -> tuple[int, ...]:
-    return tuple(changes.get(job, rank) for job, rank in enumerate(ranks))
+                    lost = loads[rank] - times[other][rank] + times[job][rank]
+                    yield max(left + times[other][busiest], lost), job, rank, other

@@ -16,7 +16,7 @@ from lightning_pipebd.planning.operations import Timetable, make_timetable
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.program import Action, Program
 
-__all__ = ["Simulation", "TimelineSpan", "check_fit", "simulate", "steady_step_ms"]
+__all__ = ["Simulation", "TimelineSpan", "check_fit", "check_max_in_flight", "simulate", "steady_step_ms"]
 
 
 class TimelineSpan(NamedTuple):
@@ -118,7 +118,9 @@ def simulate(
         (4.0, 1.0, (1.0, 1.0))
     """
     check_fit(plan, costs, cluster)
-    _check_numbers(num_steps, max_in_flight)
+    check_max_in_flight(max_in_flight)
+    if num_steps < 2:
+        raise ValueError(f"`num_steps` must be at least 2, but is {num_steps}. The pace shows from step to step.")
     programs = compile_programs(plan, num_rows, target_blocks=target_blocks)
     timetable = make_timetable(programs, costs, cluster)
     recording = run_timetable(timetable, num_steps, max_in_flight, with_spans=True)
@@ -165,9 +167,12 @@ def steady_step_ms(recording: Recording) -> float:
     return max((finish[-1] - finish[half - 1]) / (steps - half) for finish in recording.finish_ms if finish)
 
 
-def _check_numbers(num_steps: int, max_in_flight: int) -> None:
-    if num_steps < 2:
-        raise ValueError(f"`num_steps` must be at least 2, but is {num_steps}. The pace shows from step to step.")
+def check_max_in_flight(max_in_flight: int) -> None:
+    """Refuse queues without room.
+
+    Raises:
+        ValueError: `max_in_flight` is below 1.
+    """
     if max_in_flight < 1:
         raise ValueError(f"`max_in_flight` must be at least 1, but is {max_in_flight}. A rank must be able to send.")
 

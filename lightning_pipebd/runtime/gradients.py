@@ -29,6 +29,12 @@ class GradientReducer:
         """**Collective** over ``ranks``: start to sum the block's gradients; they change in :meth:`finish`."""
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
         for parameter in self._parameters[block]:
+            if parameter.grad is not None and parameter.grad.is_sparse:
+                msg = (
+                    f"Student block {block}, shared by ranks {ranks}, must have dense gradients, but has a sparse one. "
+                    "Keep the block on one rank, or make its embedding with `sparse=False`."
+                )
+                raise ValueError(msg)
             if parameter.requires_grad:
                 by_dtype.setdefault(parameter.dtype, []).append(parameter)
         for parameters in by_dtype.values():

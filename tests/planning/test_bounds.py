@@ -30,9 +30,7 @@ def costs_of_classes(times: Sequence[Sequence[float]]) -> CostTable:
 
 
 def cluster_of(classes: str) -> Cluster:
-    return Cluster(
-        device_class=tuple(classes), node=(0,) * len(classes), memory_limit_bytes=(None,) * len(classes)
-    )
+    return Cluster(device_class=tuple(classes), node=(0,) * len(classes), memory_limit_bytes=(None,) * len(classes))
 
 
 def test_work_is_spread_evenly_at_the_best_measured_rate() -> None:

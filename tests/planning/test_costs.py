@@ -139,9 +139,10 @@ def test_unreadable_costs_are_refused_with_their_place(change: dict[str, Any], m
         ((["a"], [0], [0]), r"`memory_limit_bytes\[0\]` must be above 0, but is 0"),
     ],
 )
-def test_impossible_clusters_are_refused(fields: tuple[list[Any], list[Any], list[Any]], message: str) -> None:
+def test_impossible_clusters_are_refused(fields: tuple[Any, Any, Any], message: str) -> None:
+    device_class, node, limits = fields
     with pytest.raises(CostError, match=message):
-        Cluster(**dict(zip(("device_class", "node", "memory_limit_bytes"), fields, strict=True)))
+        Cluster(device_class=device_class, node=node, memory_limit_bytes=limits)
 
 
 def test_link_between_ranks_is_that_of_nodes_if_any_of_them_is_elsewhere() -> None:

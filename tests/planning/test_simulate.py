@@ -24,9 +24,10 @@ from tests.planning.cost_tables import constant_costs, random_costs
 Line = tuple[str, float, float]
 
 
-def run(text: str, costs: CostTable, *, num_rows: int = 8, **options: int) -> Simulation:
+def run(text: str, costs: CostTable, *, num_rows: int = 8, num_steps: int = 32, max_in_flight: int = 2) -> Simulation:
     plan = parse_plan(text)
-    return simulate(plan, costs, Cluster.uniform(plan.num_ranks), num_rows=num_rows, **options)
+    cluster = Cluster.uniform(plan.num_ranks)
+    return simulate(plan, costs, cluster, num_rows=num_rows, num_steps=num_steps, max_in_flight=max_in_flight)
 
 
 def lines(simulation: Simulation, *, rank: int, step: int) -> list[Line]:
@@ -146,7 +147,9 @@ def test_links_between_nodes_have_their_own_cost() -> None:
 
 def test_unequal_devices_have_their_own_times() -> None:
     costs = random_costs(Random(1), 2, device_classes=("a", "b"), has_links=False)
-    times = {name: [simulate(Plan.straight([2]), costs, Cluster.uniform(1, device_class=name), num_rows=4)] for name in "ab"}
+    times = {
+        name: [simulate(Plan.straight([2]), costs, Cluster.uniform(1, device_class=name), num_rows=4)] for name in "ab"
+    }
     assert times["a"][0].step_time_ms != times["b"][0].step_time_ms
 
 
@@ -184,7 +187,12 @@ def test_faster_link_is_never_slower(sizes: list[int], seed: int) -> None:
 
 
 @settings(max_examples=150)
-@given(plan=plans(max_ranks=4, max_blocks=4), num_rows=st.integers(1, 16), seed=st.integers(0, 10**6), depth=st.integers(1, 3))
+@given(
+    plan=plans(max_ranks=4, max_blocks=4),
+    num_rows=st.integers(1, 16),
+    seed=st.integers(0, 10**6),
+    depth=st.integers(1, 3),
+)
 def test_no_plan_beats_the_bounds_or_uses_a_rank_twice(plan: Plan, num_rows: int, seed: int, depth: int) -> None:
     rng = Random(seed)
     costs = random_costs(rng, plan.num_blocks)
@@ -201,8 +209,15 @@ def test_no_plan_beats_the_bounds_or_uses_a_rank_twice(plan: Plan, num_rows: int
 
 
 @settings(max_examples=100)
-@given(plan=plans(max_ranks=4, max_blocks=4), num_rows=st.integers(1, 16), seed=st.integers(0, 10**6), depth=st.integers(1, 3))
-def test_nothing_is_received_before_it_could_arrive_or_too_early(plan: Plan, num_rows: int, seed: int, depth: int) -> None:
+@given(
+    plan=plans(max_ranks=4, max_blocks=4),
+    num_rows=st.integers(1, 16),
+    seed=st.integers(0, 10**6),
+    depth=st.integers(1, 3),
+)
+def test_nothing_is_received_before_it_could_arrive_or_too_early(
+    plan: Plan, num_rows: int, seed: int, depth: int
+) -> None:
     costs = random_costs(Random(seed), plan.num_blocks)
     cluster = Cluster.uniform(plan.num_ranks)
     found = simulate(plan, costs, cluster, num_rows=num_rows, num_steps=6, max_in_flight=depth)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -22,7 +23,7 @@ from lightning_pipebd.planning.simulate import simulate
 from lightning_pipebd.planning.stage_costs import StageCosts, StageMemory
 from lightning_pipebd.planning.stage_parts import Crossing
 from tests.planning.cost_tables import constant_costs, random_costs
-from tests.planning.stage_reference import Need, Question, need_of_stage
+from tests.planning.stage_reference import Question, need_of_stage
 
 
 def differences(seed: int) -> Iterator[tuple[object, ...]]:
@@ -36,14 +37,15 @@ def differences(seed: int) -> Iterator[tuple[object, ...]]:
     stages = StageCosts(costs, points, num_rows, target_blocks=targets)
     for start, begin in enumerate(points[:-1]):
         found = {
-            use.stop: Need(pytest.approx(use.cost_ms), use.num_bytes)
+            use.stop: (round(use.cost_ms, 9), use.num_bytes)
             for use in stages.column(start, num_ranks, "default", crossing=crossing)
         }
-        expected = {
+        needs = {
             stop: need_of_stage(Question(costs, num_rows, begin, end, num_ranks, "default", crossing, targets))
             for stop, end in enumerate(points)
             if stop > start and are_in_order([begin, end])
         }
+        expected = {stop: (round(need.cost_ms, 9), need.num_bytes) for stop, need in needs.items()}
         if expected != found:
             yield seed, begin, expected, found
 
@@ -97,7 +99,7 @@ def test_slowest_stage_is_the_simulated_step_where_links_are_free(sizes: list[tu
 
 def test_points_inside_jobs_become_shares_of_neighbours() -> None:
     cuts = [CutPoint(0), CutPoint(0, 8, 2), CutPoint(1, 4, 4), CutPoint(2, 6, 0), CutPoint(3)]
-    stages = [Stage(start, stop, (rank,)) for rank, (start, stop) in enumerate(zip(cuts, cuts[1:], strict=False))]
+    stages = [Stage(start, stop, (rank,)) for rank, (start, stop) in enumerate(pairwise(cuts))]
     plan = stages_to_plan(stages, 3, 8, num_ranks=5)
     assert format_plan(plan) == "T0,S0:1/4|S0:3/4,1:1/2|1:1/2,T2:3/4|T2:1/4,S2|-"
 

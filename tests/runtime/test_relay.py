@@ -264,6 +264,18 @@ class TestTheEnd:
         with pytest.raises(RelayError, match="sending from rank 0 to rank 1 failed"):
             sender.close()
 
+    def test_close_that_fails_lets_senders_go_on(self) -> None:
+        world = LocalWorld(3)
+        first = Relay(world.transports[0], sources=[], destinations=[1], max_in_flight=1)
+        middle = Relay(world.transports[1], sources=[0], destinations=[2], max_in_flight=1)
+        sender = Sender(first, num_steps=20)
+        assert sender.waits_after(3)
+        world.end(2)
+        with pytest.raises(RelayError, match="sending from rank 1 to rank 2 failed"):
+            middle.close()
+        sender.join()
+        first.close()
+
     def test_abandon_waits_for_nobody_and_lets_senders_go_on(self) -> None:
         pair = relays(LocalWorld(2), [(0, 1)], max_in_flight=1)
         sender = Sender(pair[0], num_steps=20)

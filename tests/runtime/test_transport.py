@@ -26,7 +26,7 @@ from tests.helpers.ranks import RankError, run_processes, run_threads
 
 NUM_RANKS = 3
 GROUPS = ((0, 2), (0, 1, 2))
-NUM_LAYOUTS = 150  # more than a transport remembers
+NUM_LAYOUTS = 210  # two thirds of them are more than a transport remembers
 Scenario = Callable[[Transport], Any]
 
 

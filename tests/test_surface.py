@@ -1,0 +1,83 @@
+"""The names and parameters that users write; changing them is a deliberate act."""
+
+from __future__ import annotations
+
+from inspect import Parameter, signature
+
+import pytest
+from lightning.pytorch.strategies import StrategyRegistry
+
+import lightning_pipebd
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
+
+NAMES = [
+    "BlockwiseDistillationModule",
+    "CallableBlock",
+    "PartitionError",
+    "PipeBDStrategy",
+    "Plan",
+    "PlanError",
+    "format_plan",
+    "load_plan",
+    "parse_plan",
+    "save_plan",
+]
+
+PARAMETERS = {
+    PipeBDStrategy: ["plan=None", "*, max_in_flight=2", "process_group_backend=None", "timeout=0:30:00", "**kwargs"],
+    BlockwiseDistillationModule: [
+        "teacher",
+        "student",
+        "block_map=None",
+        "*, teacher_blocks=None",
+        "student_blocks=None",
+        "adapters=None",
+        "input_adapters=None",
+        "target_blocks=()",
+        "block_losses=None",
+        "example_input=None",
+    ],
+}
+
+#: What users call on a module or override in theirs, beside Lightning's own hooks.
+METHODS = {
+    "block_loss": "(self, block, student_output, teacher_output, targets=None)",
+    "unpack_batch": "(self, batch)",
+    "trainable_parameters": "(self)",
+    "block_parameters": "(self, block)",
+    "block_buffers": "(self, block)",
+    "block_key": "(self, block, what='loss')",
+    "check_shapes": "(self, example_input)",
+}
+
+
+def written(parameters: list[Parameter]) -> list[str]:
+    """Write parameters as in a call, the first keyword-only one after a star."""
+    keyword_only = [parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY][:1]
+    return [
+        ("*, " if parameter.name in keyword_only else "**" if parameter.kind is Parameter.VAR_KEYWORD else "")
+        + parameter.name
+        + ("" if parameter.default is Parameter.empty else f"={parameter.default}")
+        for parameter in parameters
+    ]
+
+
+def test_public_names() -> None:
+    assert sorted(lightning_pipebd.__all__) == NAMES
+
+
+@pytest.mark.parametrize("owner", PARAMETERS)
+def test_constructor_parameters(owner: type) -> None:
+    assert written(list(signature(owner).parameters.values())) == PARAMETERS[owner]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods(name: str) -> None:
+    own = signature(getattr(BlockwiseDistillationModule, name))
+    bare = [parameter.replace(annotation=Parameter.empty) for parameter in own.parameters.values()]
+    assert str(own.replace(parameters=bare, return_annotation=Parameter.empty)) == METHODS[name]
+
+
+def test_the_strategy_is_known_by_name() -> None:
+    assert StrategyRegistry["pipebd"]["strategy"] is PipeBDStrategy
+    assert isinstance(StrategyRegistry.get("pipebd"), PipeBDStrategy)
