@@ -249,9 +249,10 @@ def check_schedulers(configs: Iterable[LRSchedulerConfig]) -> None:
         ValueError: A scheduler follows the loss of a step at every step.
     """
     for config in configs:
-        if config.reduce_on_plateau and config.interval == "step" and _STEP_KEYS.fullmatch(config.monitor or ""):
+        monitor = config.monitor or ""
+        if config.reduce_on_plateau and config.interval == "step" and _STEP_KEYS.fullmatch(monitor):
             msg = (
-                f"`monitor` of {type(config.scheduler).__name__} must be known on every rank, but {config.monitor!r} "
-                f"is a step's loss. Monitor {config.monitor + '_epoch'!r} with `interval: epoch`."
+                f"`monitor` of {type(config.scheduler).__name__} must be known on every rank, but {monitor!r} "
+                f"is a step's loss. Monitor {monitor + '_epoch'!r} with `interval: epoch`."
             )
             raise ValueError(msg)

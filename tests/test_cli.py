@@ -54,7 +54,8 @@ class PlanWriter(Callback):
         strategy = trainer.strategy
         assert isinstance(strategy, PipeBDStrategy)
         if trainer.is_global_zero:
-            text = f"{stage} {format_plan(strategy.plan)} lr {pl_module.learning_rate} of {trainer.world_size}"
+            plan, fn = format_plan(strategy.plan), str(trainer.state.fn and trainer.state.fn.value)
+            text = f"{fn} {plan} lr {pl_module.learning_rate} of {trainer.world_size}"
             Path(self.path).write_text(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -26,7 +27,7 @@ class Pair(BlockwiseDistillationModule):
 
 
 def linear(*widths: int) -> nn.Sequential:
-    return nn.Sequential(*(nn.Linear(*pair) for pair in zip(widths, widths[1:], strict=False)))
+    return nn.Sequential(*(nn.Linear(*pair) for pair in itertools.pairwise(widths)))
 
 
 def rows() -> DataLoader[Any]:
@@ -183,7 +184,7 @@ def test_block_losses_are_chosen_by_name_index_or_function() -> None:
 
 
 def test_an_unknown_loss_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"must name one of mse, soft_cross_entropy, kl, but names 'l1'\. Or give a func"):
+    with pytest.raises(ValueError, match=r"must name one of mse, soft_cross_entropy, kl, but names 'l1'"):
         Pair(linear(6, 5), linear(6, 5), {"0": "0"}, block_losses={"0": "l1"})
 
 
@@ -288,12 +289,12 @@ def test_looking_at_shapes_changes_nothing() -> None:
 
 def test_a_student_that_shares_parameters_with_the_teacher_is_refused() -> None:
     teacher = linear(6, 6, 5)
-    with pytest.raises(PartitionError, match=r"`student` must not share parameters .* shares 0\.weight, 0\.bias\..*deepcopy"):
+    with pytest.raises(PartitionError, match=r"must not share parameters .* shares 0\.weight, 0\.bias\..*deepcopy"):
         Pair(teacher, nn.Sequential(teacher[0], nn.Linear(6, 5)), {"0": "0", "1": "1"})
 
 
 def test_parameters_behind_the_last_boundary_warn() -> None:
-    with pytest.warns(UserWarning, match=r"2 parameters of `student` lie behind .*: 1\.weight, 1\.bias\. Add the module"):
+    with pytest.warns(UserWarning, match=r"2 parameters of `student` lie behind .*: 1\.weight, 1\.bias\. Add"):
         Pair(linear(6, 6, 5), linear(6, 6, 5), {"0": "0"})
 
 
@@ -306,7 +307,7 @@ def test_parameters_behind_the_last_boundary_warn() -> None:
     ],
 )
 def test_blocks_must_be_given_in_one_way(arguments: dict[str, Any]) -> None:
-    with pytest.raises(PartitionError, match="`block_map` must be given, or both `teacher_blocks` and `student_blocks`"):
+    with pytest.raises(PartitionError, match="must be given, or both `teacher_blocks` and `student_blocks`"):
         Pair(linear(6, 5), linear(6, 5), **arguments)
 
 

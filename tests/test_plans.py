@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Sized(BlockwiseDistillationModule):
     """Blocks whose numbers of parameters and activations a test chooses."""
 
     def __init__(self, widths: list[int], example: Any = None) -> None:
-        pairs = list(zip(widths, widths[1:], strict=False))
+        pairs = list(itertools.pairwise(widths))
         models = [nn.Sequential(*(nn.Linear(*pair) for pair in pairs)) for _ in range(2)]
         super().__init__(*models, {str(index): str(index) for index in range(len(pairs))})
         self.example_input_array = example

@@ -85,10 +85,8 @@ def find_plan(
 ) -> PlanChoice:
     """Find the plan with the smallest steady step time for a batch of `num_rows` rows.
 
-    Student blocks that would see other statistics, or draw other random numbers, if their rows were split are kept
-    whole. Gains below the costs' noise are no reason to leave a simpler family. The exact searches take
-    ``O(B^2 N)`` for the stages of `B` blocks on up to `N` ranks, and that many bisections for each bit of the answer;
-    everything that could take longer on a large cluster is bounded.
+    Gains below the costs' noise are no reason to leave a simpler family. The exact search of straight and hybrid plans
+    takes ``O(B^2 N)`` for `B` blocks on `N` ranks; what could take longer on a large cluster is bounded.
 
     Args:
         costs: Measured times and sizes.
@@ -102,7 +100,7 @@ def find_plan(
         max_in_flight: Steps by which a rank may run ahead.
 
     Returns:
-        The choice. Its plan has every job exactly once, on ranks whose memory it fits.
+        The choice; its plan fits the memory of every rank.
 
     Raises:
         PlanError: Nothing fits the memory; the message has what every rank would need.
@@ -131,12 +129,16 @@ def find_plan(
     judge = Judge(
         costs=costs, cluster=cluster, num_rows=num_rows, target_blocks=target_blocks, max_in_flight=max_in_flight
     )
-    changing = _changing_blocks(costs, traits)
+    return _choose(_find_families(judge, _changing_blocks(costs, traits), level))
+
+
+def _find_families(judge: Judge, changing: tuple[int, ...], level: Exactness) -> Families:
+    """Search the families; divide students whose mathematics that changes only if it is allowed and necessary."""
     families = _search(judge, changing, level)
     if not families.found and changing and level is not Exactness.BITWISE:
         divided = _search(judge, (), level)
         if divided.found and level is not Exactness.STATISTICS:
-            names = ", ".join(costs.blocks[block].name for block in changing)
+            names = ", ".join(judge.costs.blocks[block].name for block in changing)
             raise PlanError(
                 f"`memory_limit_bytes` must leave room for a plan that keeps the student blocks {names} whole, but "
                 f"{families.least_memory()}. Splitting their rows would fit, but changes their statistics or random "
@@ -149,7 +151,7 @@ def find_plan(
             "devices with more memory, a smaller batch, smaller blocks or a smaller `max_in_flight`"
             + (", or allow rows to be split." if level is Exactness.BITWISE else ".")
         )
-    return _choose(families)
+    return families
 
 
 def _read_exactness(exactness: Exactness | str | None) -> Exactness:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from heapq import nsmallest
+from math import ceil
 
+from lightning_pipebd.planning.balance import balanced_sizes
 from lightning_pipebd.planning.families import Families, Family
 from lightning_pipebd.planning.judge import Judgement
 from lightning_pipebd.planning.plan import Plan, Share
@@ -36,11 +38,11 @@ def add_scattered(families: Families) -> None:
         and not entry.candidate.plan.has_split_students
         and not entry.candidate.plan.has_split_teachers
     ]
-    starts = [_packed(times)]
+    starts = _starts(times)
     if whole:
         best = min(whole, key=lambda candidate: candidate.step_time_ms).plan
         starts.append(tuple(job[0].rank for jobs in zip(best.teacher, best.student, strict=True) for job in jobs))
-    trials = [_Trial(families, times, ranks) for ranks in starts]
+    trials = [_Trial(families, times, ranks) for ranks in dict.fromkeys(starts)]
     fitting = [trial.improved() for trial in trials if trial.fits]
     if fitting:
         families.add(Family.SCATTERED, min(fitting, key=lambda trial: trial.judgement.score).plan)
@@ -54,19 +56,36 @@ def _job_times(families: Families) -> list[list[float]]:
     times: list[list[float]] = []
     for block in range(costs.num_blocks):
         of_ranks = [costs.times(name)[block] for name in cluster.device_class]
-        times.append([entry.teach_ms.at(num_rows) for entry in of_ranks])
+        # Whoever teaches the first block loads the batch.
+        load_ms = 0.0 if block else costs.loader.occupation * costs.loader.load_ms(num_rows)
+        times.append([entry.teach_ms.at(num_rows) + load_ms for entry in of_ranks])
         times.append([entry.learn_ms.at(num_rows) + entry.update_ms for entry in of_ranks])
     return times
 
 
-def _packed(times: list[list[float]]) -> tuple[int, ...]:
-    """Put one job after another, the longest first, where it ends first."""
+def _starts(times: list[list[float]]) -> list[tuple[int, ...]]:
+    """Pack all jobs; and pack the students beside a chain of teachers, for which no rows come round."""
+    weights = [min(job) for job in times[::2]]
+    share = sum(map(min, times)) / len(times[0])
+    fewest = max(1, min(ceil(sum(weights) / share), len(times[0]))) if share else 1
+    starts = [_packed(times, {})]
+    for num_parts in range(fewest, min(fewest + 2, len(times[0]) + 1)):
+        sizes = balanced_sizes(weights, num_parts)
+        chain = [rank for rank, size in enumerate(sizes) for _ in range(size)]
+        starts.append(_packed(times, {2 * block: rank for block, rank in enumerate(chain)}))
+    return starts
+
+
+def _packed(times: list[list[float]], fixed: dict[int, int]) -> tuple[int, ...]:
+    """Put one job after another, the longest first, where it ends first; some have their ranks already."""
     loads = [0.0] * len(times[0])
-    ranks = [0] * len(times)
-    for job in sorted(range(len(times)), key=lambda job: -min(times[job])):
+    ranks = dict(fixed)
+    for job, rank in fixed.items():
+        loads[rank] += times[job][rank]
+    for job in sorted(set(range(len(times))) - set(fixed), key=lambda job: (-min(times[job]), job)):
         ranks[job] = min(range(len(loads)), key=lambda rank: loads[rank] + times[job][rank])
         loads[ranks[job]] += times[job][ranks[job]]
-    return tuple(ranks)
+    return tuple(ranks[job] for job in range(len(times)))
 
 
 class _Trial:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.compiler import compile_programs
@@ -12,7 +12,7 @@ from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.curve import CostError
 from lightning_pipebd.planning.event_loop import Recording, run_timetable
 from lightning_pipebd.planning.memory import MemoryUse, rank_memory
-from lightning_pipebd.planning.operations import Timetable, make_timetable
+from lightning_pipebd.planning.operations import make_timetable
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.program import Action, Program
 
@@ -125,15 +125,13 @@ def simulate(
     timetable = make_timetable(programs, costs, cluster)
     recording = run_timetable(timetable, num_steps, max_in_flight, with_spans=True)
     step_time_ms = steady_step_ms(recording)
+    options: dict[str, Any] = {"max_in_flight": max_in_flight, "target_blocks": target_blocks}
     return Simulation(
         step_time_ms=step_time_ms,
         fill_ms=max(0.0, max(finish[-1] for finish in recording.finish_ms if finish) - num_steps * step_time_ms),
-        busy_ms=tuple(timetable.busy_ms(rank) for rank in range(plan.num_ranks)),
-        memory=tuple(
-            rank_memory(plan, program, costs, max_in_flight=max_in_flight, target_blocks=target_blocks)
-            for program in programs
-        ),
-        traffic_bytes=_traffic_bytes(timetable),
+        busy_ms=tuple(map(timetable.busy_ms, range(plan.num_ranks))),
+        memory=tuple(rank_memory(plan, program, costs, **options) for program in programs),
+        traffic_bytes={(channel.sender, channel.receiver): channel.num_bytes for channel in timetable.channels},
         timeline=_timeline(programs, recording),
     )
 
@@ -175,10 +173,6 @@ def check_max_in_flight(max_in_flight: int) -> None:
     """
     if max_in_flight < 1:
         raise ValueError(f"`max_in_flight` must be at least 1, but is {max_in_flight}. A rank must be able to send.")
-
-
-def _traffic_bytes(timetable: Timetable) -> dict[tuple[int, int], int]:
-    return {(channel.sender, channel.receiver): channel.num_bytes for channel in timetable.channels}
 
 
 def _timeline(programs: Sequence[Program], recording: Recording) -> tuple[TimelineSpan, ...]:

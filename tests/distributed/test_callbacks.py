@@ -13,14 +13,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
-    LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
     Timer,
 )
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau, StepLR
 
-from tests.helpers.scenarios import Both, MakeTrainer, on_both, under_plan
+from tests.helpers.scenarios import Both, MakeTrainer, on_both
 from tests.helpers.toy import LinearModule, make_loader
 
 pytestmark = pytest.mark.spawn
@@ -57,6 +56,19 @@ def one_cycle(optimizer: Any, trainer: Trainer) -> Any:
 
 def plateau(optimizer: Any, trainer: Trainer, monitor: str, **config: Any) -> Any:
     return {"scheduler": ReduceLROnPlateau(optimizer, patience=0, threshold=0.5), "monitor": monitor, **config}
+
+
+class Students(Callback):
+    """The student as the user's hooks find it behind the last step of an epoch."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, Any]] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.found.append({name: value.clone() for name, value in pl_module.student.state_dict().items()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.on_train_epoch_end(trainer, pl_module)
 
 
 class Losses(Callback):
@@ -154,6 +166,20 @@ def test_cases_do_what_they_are_named_for(fits: dict[str, Both]) -> None:
     assert len(set(fits["a plateau of the training"].one["learning rates"])) > 1
     assert len(fits["the best by training"].one["files"]) == 1
     assert len(fits["every second step, and the last"].one["files"]) == 2
+
+
+def watch_students(make_trainer: MakeTrainer, name: str) -> list[dict[str, Any]]:
+    torch.manual_seed(11)
+    module, students = ScheduledModule(no_scheduler, 0.1), Students()
+    # The last epoch ends in its middle.
+    make_trainer(max_epochs=3, max_steps=8, callbacks=[students]).fit(module, make_loader(module, 12, 4))
+    return students.found
+
+
+def test_hooks_at_the_end_of_an_epoch_find_the_whole_student_on_every_rank() -> None:
+    one, ranks = on_both(watch_students, ["students"], plan=PLAN)["students"]
+    assert len(one) == 4
+    torch.testing.assert_close(ranks, [one, one], rtol=0, atol=0)
 
 
 def test_outputs_of_all_ranks_add_up_to_the_loss_of_one_process(fits: dict[str, Both]) -> None:

@@ -63,14 +63,15 @@ def test_receiving_beside_the_computation_leaves_the_imbalance() -> None:
     assert pytest.approx(0.826, abs=0.001) == IDEAL_MS / found.step_time_ms
 
 
-def test_whole_jobs_anywhere_remove_half_of_the_imbalance() -> None:
+def test_whole_jobs_anywhere_remove_most_of_the_imbalance() -> None:
     costs = pipe_bd_costs(receive_occupation=0.0)
     choice = find_plan(costs, Cluster.uniform(4), num_rows=256, exactness="bitwise")
     times = {candidate.family: candidate.step_time_ms for candidate in choice.alternatives}
     # The first block with its loading is heavier than a quarter of the work, so no cut of the chain helps.
     assert (times[Family.STRAIGHT], times[Family.HALF_CUT]) == pytest.approx((10.06, 10.06))
     assert choice.family is Family.SCATTERED
-    assert IDEAL_MS / choice.step_time_ms > 0.91
+    assert choice.step_time_ms == pytest.approx(8.89, abs=0.01)
+    assert IDEAL_MS / choice.step_time_ms > 0.93
 
 
 def test_data_parallel_training_of_all_blocks_is_twice_as_slow() -> None:

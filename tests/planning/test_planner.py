@@ -11,7 +11,8 @@ from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, CostTable, LinkCost, LoaderCost
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.explain import BlockTraits, Exactness, exactness_of
-from lightning_pipebd.planning.families import Family
+from lightning_pipebd.planning.families import Families, Family
+from lightning_pipebd.planning.judge import Judge
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import parse_plan
 from lightning_pipebd.planning.planner import PlanChoice, find_plan
@@ -302,3 +303,17 @@ def test_slow_link_is_the_limit_or_is_avoided() -> None:
 def test_impossible_requests_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_plan(constant_costs([(1, 1)]), Cluster.uniform(2), **options)  # type: ignore[arg-type]
+
+
+def test_plan_too_large_to_simulate_is_taken_at_its_stage_costs_or_left_out() -> None:
+    cluster = Cluster.uniform(201)
+    families = Families(
+        Judge(costs=constant_costs([(1, 1)] * 100), cluster=cluster, num_rows=ROWS),
+        whole_students=(),
+        divides_rows=True,
+    )
+    families.add(Family.JOINT, Plan.joint(100, 201))
+    assert families.skipped == [(Family.JOINT, "it does not fit the memory, or is too large to simulate")]
+    families.add(Family.JOINT, Plan.joint(100, 201), (), 200.0)
+    (found,) = families.found
+    assert (found.candidate.step_time_ms, found.candidate.is_simulated, found.judgement) == (200.0, False, None)

@@ -1,0 +1,138 @@
+"""The private names of Lightning that `lightning_internals.py` stands on: a new version that moves one fails here."""
+
+from __future__ import annotations
+
+import ast
+from inspect import getsource, signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities import data, distributed
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+
+import lightning_pipebd.lightning_internals as internals
+from lightning_pipebd.lightning_internals import (
+    StagedBatch,
+    StagedBatchModule,
+    add_callback,
+    remove_callback,
+    silence_sigterm_broadcast,
+    user_callbacks,
+    validates_by_time,
+)
+
+#: Function, and the names of its parameters that we use.
+FUNCTIONS: list[tuple[Any, list[str]]] = [
+    (data._auto_add_worker_init_fn, ["dataloader", "rank"]),
+    (distributed._get_default_process_group_backend_for_device, ["device"]),
+    (distributed._init_dist_connection, ["cluster_environment", "torch_distributed_backend"]),
+    (distributed._sync_ddp_if_available, ["result", "group", "reduce_op"]),
+    (_SubprocessScriptLauncher.__init__, ["self", "cluster_environment", "num_processes", "num_nodes"]),
+    (_SubprocessScriptLauncher.launch, ["self", "function", "args", "trainer", "kwargs"]),
+    (_SubprocessScriptLauncher._call_children_scripts, ["self"]),
+    (_FitLoop._should_accumulate, ["self"]),
+    (LightningModule._on_before_batch_transfer, ["self", "batch", "dataloader_idx"]),
+    (ParallelStrategy._configure_launcher, ["self"]),
+    (ParallelStrategy.reduce_boolean_decision, ["self", "decision", "all"]),
+]
+
+
+@pytest.mark.parametrize(("function", "names"), FUNCTIONS, ids=[function.__qualname__ for function, _ in FUNCTIONS])
+def test_function_has_the_parameters_that_we_use(function: Any, names: list[str]) -> None:
+    assert list(signature(function).parameters)[: len(names)] == names
+
+
+def test_every_private_name_that_we_import_is_pinned_here() -> None:
+    tree = ast.parse(Path(internals.__file__).read_text())
+    imported = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning.")
+        for alias in node.names
+        if alias.name.startswith("_")
+    }
+    assert imported == {
+        "_auto_add_worker_init_fn",
+        "_get_default_process_group_backend_for_device",
+        "_init_dist_connection",
+        "_sync_ddp_if_available",
+        "_SubprocessScriptLauncher",
+    }
+
+
+@pytest.mark.parametrize("name", ["_lightning_module", "_launcher", "_layer_sync"])
+def test_strategy_has_the_attribute(name: str) -> None:
+    assert hasattr(DDPStrategy(), name)
+
+
+def test_module_keeps_its_device_where_we_set_it() -> None:
+    module = LightningModule()
+    internals.set_device(module, torch.device("meta"))
+    assert module.device == torch.device("meta")
+
+
+def test_position_of_sync_dist_behind_name_and_value() -> None:
+    names = list(signature(LightningModule.log).parameters)
+    assert names[internals._POSITION_OF_SYNC_DIST + 3] == "sync_dist"
+    assert "sync_dist_group" in names
+
+
+def test_callbacks_keep_the_time_that_preflight_asks_for() -> None:
+    assert hasattr(ModelCheckpoint(), "_train_time_interval")
+    assert Timer("00:01:00:00")._interval == "step"
+
+
+def test_trainer_counts_logging_steps_where_we_read() -> None:
+    assert Trainer(accelerator="cpu", logger=False).fit_loop.epoch_loop._batches_that_stepped == 0
+
+
+def test_trainer_tells_whether_it_validates_by_time() -> None:
+    assert not validates_by_time(Trainer(accelerator="cpu", logger=False))
+
+
+def test_the_broadcast_before_every_batch_is_a_method_of_the_epoch_loop() -> None:
+    # Older versions have no such broadcast; newer ones that have it elsewhere must not go unnoticed.
+    is_there = "_broadcast_sigterm_tensor" in vars(_TrainingEpochLoop)
+    assert is_there == ("torch.distributed" in getsource(_TrainingEpochLoop))
+    assert is_there == ("_broadcast_sigterm_tensor" in getsource(_TrainingEpochLoop.advance))
+
+
+@pytest.mark.skipif(not hasattr(_TrainingEpochLoop, "_broadcast_sigterm_tensor"), reason="since Lightning 2.5.2")
+def test_the_broadcast_is_switched_off_for_one_trainer_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr("torch.distributed.broadcast", lambda tensor, src: calls.append(src))
+    silent, other = (Trainer(accelerator="cpu", logger=False) for _ in range(2))
+    silence_sigterm_broadcast(silent)
+    silent.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    assert calls == []
+    other.fit_loop.epoch_loop._broadcast_sigterm_tensor()
+    assert calls == [0]
+
+
+def test_a_callback_is_put_before_the_users_and_taken_away_again() -> None:
+    timer, ours = Timer("00:01:00:00"), ModelCheckpoint()
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[timer], enable_checkpointing=False)
+    before = user_callbacks(trainer)
+    add_callback(trainer, ours)
+    assert user_callbacks(trainer) == [ours, *before]
+    remove_callback(trainer, ours)
+    remove_callback(trainer, ours)
+    assert user_callbacks(trainer) == before
+
+
+class Transferring(StagedBatchModule):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return ("seen", batch)
+
+
+def test_a_staged_batch_is_passed_through_untouched() -> None:
+    staged = StagedBatch()
+    assert Transferring()._on_before_batch_transfer(staged) is staged
+    assert Transferring()._on_before_batch_transfer(7) == ("seen", 7)
