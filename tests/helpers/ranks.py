@@ -222,6 +222,9 @@ def _start(rank: int, payload: bytes, environment: dict[str, str], directory: Pa
 def _serve_rank(rank: int, payload: bytes, environment: dict[str, str], pipe: Connection, stack_path: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    # Back to the platform's way to start processes, as in a user's script. A rank inherits the fork server's, by which
+    # every worker of a loader would start a server of its own and import everything anew.
+    multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]  # documented, not in the stubs
     torch.set_num_threads(1)
     seed_generators()
     with stack_path.open("w") as stack_file:
