@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_pipebd import PipeBDStrategy, Plan, format_plan, save_plan
-from lightning_pipebd.cli import main
 from tests.helpers.ranks import run_processes
 from tests.helpers.toy import LinearModule, make_loader
 
@@ -82,6 +81,9 @@ def configuration(folder: Path, strategy: Any) -> dict[str, Any]:
 
 
 def run_command(rank: int, arguments: list[str]) -> None:
+    # Here, because older versions of Lightning's command line warn when they are imported.
+    from lightning_pipebd.cli import main
+
     sys.argv = ["pipebd", *arguments]
     main()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from inspect import signature
@@ -203,7 +204,7 @@ def test_a_queue_without_room_is_refused_where_it_is_written(max_in_flight: int)
         (LearningRateFinder, r"`LearningRateFinder` must judge .* Run it with `strategy='auto'`"),
         (BatchSizeFinder, r"`BatchSizeFinder` must judge"),
         (BackboneFinetuning, "`BackboneFinetuning` must not give the optimizer parameters while it trains"),
-        (lambda: OnExceptionCheckpoint("."), "`OnExceptionCheckpoint` must not save after an exception"),
+        (lambda: OnExceptionCheckpoint(tempfile.mkdtemp()), "`OnExceptionCheckpoint` must not save after an exception"),
         (lambda: EarlyStopping("train/loss"), "must be known on every rank, .* Monitor 'train/loss_epoch'"),
         (lambda: ModelCheckpoint(monitor="train/block/02/loss"), "Monitor 'train/block/02/loss_epoch'"),
     ],
