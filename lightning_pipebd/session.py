@@ -39,7 +39,7 @@ from lightning_pipebd.scaling import BlockScalers
 __all__ = ["TrainingSession", "plan_edges"]
 
 
-def plan_edges(plan: Plan) -> list[tuple[int, int]]:
+def plan_edges(plan: Plan, target_blocks: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
     """Give the pairs (sender, receiver) that a plan's programs use for any batch.
 
     Example:
@@ -48,7 +48,7 @@ def plan_edges(plan: Plan) -> list[tuple[int, int]]:
     """
     # A batch that every share divides has every edge: fewer rows only make intervals empty.
     num_rows = lcm(*(share.share.denominator for job in (*plan.teacher, *plan.student) for share in job))
-    programs = compile_programs(plan, num_rows, target_blocks=frozenset(range(plan.num_blocks)))
+    programs = compile_programs(plan, num_rows, target_blocks=target_blocks)
     sends = (
         (program.rank, action.peer) for program in programs for action in program.actions if action.kind is Kind.SEND
     )
@@ -107,7 +107,7 @@ class TrainingSession:
             sharing_logs: Context in which logged values are exchanged.
             assemble_student: Gives every rank the present weights of all blocks.
         """
-        edges = plan_edges(self._plan)
+        edges = plan_edges(self._plan, self._module.target_blocks)
         transport, first = self._transport, self._plan.loading_ranks[0]
         self._relay = Relay(
             transport,

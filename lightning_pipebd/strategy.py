@@ -125,7 +125,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
             self._handed_over_at = -1
         self._transport = ProcessGroupTransport(
             self.root_device,
-            edges=plan_edges(plan) if plan else (),
+            edges=plan_edges(plan, module.target_blocks) if plan else (),
             groups=[plan.student_ranks(block) for block in range(plan.num_blocks)] if plan else (),
             timeout=self._timeout,
             share_device=len(set(self.parallel_devices or ())) < self.num_processes,
