@@ -22,7 +22,6 @@ pytestmark = pytest.mark.spawn
 class CliModule(LinearModule):
     def __init__(self, learning_rate: float = 0.1) -> None:
         super().__init__()
-        self.save_hyperparameters()
         self.learning_rate = learning_rate
 
     def configure_optimizers(self) -> Any:
