@@ -78,6 +78,11 @@ class BlockMetrics(Callback):
         for mailbox in self._mailboxes.values():
             mailbox.close()
 
+    def abandon(self) -> None:
+        """This rank ends with an error: wait for nobody any more."""
+        if self._outbox is not None:
+            self._outbox.abandon()
+
     @override
     def on_train_batch_end(
         self,

@@ -150,6 +150,9 @@ class TrainingSession:
         if self._is_open:
             self._is_open = False
             self._relay.abandon()
+            self._metrics.abandon()
+            if self._outbox is not None:
+                self._outbox.abandon()
 
     def end(self) -> None:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""

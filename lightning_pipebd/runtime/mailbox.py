@@ -80,7 +80,7 @@ class Mailbox:
 
 
 class Outbox:
-    """Send messages to mailboxes; never waits in practice, because a mailbox takes everything at once.
+    """Send messages to mailboxes from a thread of its own, so that posting costs the training thread next to nothing.
 
     Args:
         transport: Carries the messages.
@@ -96,16 +96,58 @@ class Outbox:
         self.peers = tuple(peers)
         self._lane = lane
         self._pending: deque[Pending] = deque()
+        self._posted: queue.SimpleQueue[tuple[Message, tuple[int, ...]] | None] = queue.SimpleQueue()  # ends with None
+        self._failure: BaseException | None = None
+        name = f"{lane.name.lower()}-to-{len(self.peers)}-ranks"
+        self._thread = threading.Thread(target=self._send, name=name, daemon=True)
+        self._thread.start()
 
     def post(self, message: Message, peers: Sequence[int] | None = None) -> None:
-        """Start to send a message to all peers, or to some of them."""
-        for peer in self.peers if peers is None else peers:
+        """Have a message sent to all peers, or to some of them; its tensors must stay unchanged.
+
+        Raises:
+            TransportError: A peer has ended; said when the thread has noticed, which is some messages later.
+        """
+        if self._failure is not None:
+            raise self._failure
+        self._posted.put((message, self.peers if peers is None else tuple(peers)))
+
+    def close(self) -> None:
+        """Send everything and tell the mailboxes that nothing more will come.
+
+        Raises:
+            TransportError: A peer has ended before it had received everything.
+        """
+        if self._failure is None:
+            self._posted.put((Message(_STOP), self.peers))
+        self._posted.put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def abandon(self) -> None:
+        """Send nothing more and wait for nobody: this rank is about to end with an error."""
+        self._failure = self._failure or TransportError(f"rank {self._transport.rank} has given up its outbox")
+        self._posted.put(None)
+
+    def _send(self) -> None:
+        while (posted := self._posted.get()) is not None:
+            if self._failure is None:
+                try:
+                    self._begin(*posted)
+                except BaseException as error:
+                    self._failure = error
+        self._finish()
+
+    def _begin(self, message: Message, peers: Sequence[int]) -> None:
+        for peer in peers:
             self._pending.append(self._transport.send(message, peer, self._lane))
         while len(self._pending) > _MAX_PENDING * max(1, len(self.peers)):
             self._pending.popleft().wait()
 
-    def close(self) -> None:
-        """Send everything and tell the mailboxes that nothing more will come."""
-        self.post(Message(_STOP))
-        while self._pending:
-            self._pending.popleft().wait()
+    def _finish(self) -> None:
+        try:
+            while self._pending and self._failure is None:
+                self._pending.popleft().wait()
+        except BaseException as error:
+            self._failure = error

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from itertools import count
 
 import pytest
 import torch
@@ -70,16 +72,18 @@ class TestMailbox:
             with pytest.raises(TransportError, match="rank 0 has closed its outbox, so no more headers will come"):
                 mailbox.get()
 
-    def test_dead_peer_is_reported_after_what_it_sent_and_ever_again(self) -> None:
+    def test_dead_peer_is_reported_ever_again(self) -> None:
         world = LocalWorld(2)
         outbox, mailbox = Outbox(world.transports[0], [1], Lane.METRICS), Mailbox(world.transports[1], 0, Lane.METRICS)
         outbox.post(message(1))
+        received = mailbox.get()
         world.end(0)
         mailbox.close()
-        assert numbers(mailbox.drain()) == [1]
+        assert numbers([received]) == [1]
         for take in (mailbox.drain, mailbox.get, mailbox.drain):
             with pytest.raises(TransportError, match="rank 1 lost rank 0"):
                 take()
+        outbox.abandon()
 
     def test_message_with_the_smallest_numbers_is_not_taken_for_the_end(self) -> None:
         world = LocalWorld(2)
@@ -115,14 +119,21 @@ class TestOutbox:
         outbox = Outbox(world.transports[0], [1], Lane.HEADERS)
         world.end(1)
 
-        def post(num_messages: int) -> None:
-            for number in range(num_messages):
+        def post(numbers: Iterable[int]) -> None:
+            for number in numbers:
                 outbox.post(message(number))
 
         with pytest.raises(TransportError, match="sending from rank 0 to rank 1 failed"):
-            post(NUM_MESSAGES)
+            post(count())
         with pytest.raises(TransportError, match="sending from rank 0 to rank 1 failed"):
             outbox.close()
+
+    def test_posting_to_an_abandoned_outbox_is_an_error_and_nobody_is_waited_for(self) -> None:
+        outbox = Outbox(LocalWorld(2).transports[0], [1], Lane.HEADERS)
+        outbox.post(message(1))
+        outbox.abandon()
+        with pytest.raises(TransportError, match="rank 0 has given up its outbox"):
+            outbox.post(message(2))
 
     def test_close_waits_until_the_mailbox_has_everything(self) -> None:
         world = LocalWorld(2)
