@@ -1,0 +1,146 @@
+"""The package's own commands: each is run as a user types it, without a shell."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from lightning_pipebd.cli import COMMANDS, main
+from lightning_pipebd.commands.compare import compare_runs
+
+PLAN = {"class_path": "lightning_pipebd.PipeBDStrategy", "init_args": {"plan": "0-1|2-3"}}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself_with_examples_and_exit_codes(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "exit codes:" in text
+
+
+class TestExport:
+    @pytest.fixture
+    def checkpoint(self, tmp_path: Path) -> Path:
+        state = {"student.fc.weight": torch.ones(2, 2), "student.steps": torch.tensor(3), "adapters.a": torch.ones(1)}
+        torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+        return tmp_path / "last.ckpt"
+
+    def test_the_student_alone_is_written_under_its_own_names(self, checkpoint: Path, tmp_path: Path) -> None:
+        assert main(["export", str(checkpoint), str(tmp_path / "student.pt")]) == 0
+        state = torch.load(tmp_path / "student.pt", weights_only=True)
+        assert list(state) == ["fc.weight", "steps"]
+        assert torch.equal(state["fc.weight"], torch.ones(2, 2))
+
+    def test_floating_point_tensors_alone_are_converted(self, checkpoint: Path, tmp_path: Path) -> None:
+        assert main(["export", str(checkpoint), str(tmp_path / "student.pt"), "--dtype", "bfloat16"]) == 0
+        state = torch.load(tmp_path / "student.pt", weights_only=True)
+        assert [value.dtype for value in state.values()] == [torch.bfloat16, torch.int64]
+
+    def test_an_existing_file_stays_unless_told_otherwise(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        output = tmp_path / "student.pt"
+        output.write_text("precious")
+        assert main(["export", str(checkpoint), str(output)]) == 1
+        assert "`output` must not exist yet" in capsys.readouterr().err
+        assert output.read_text() == "precious"
+        assert main(["export", str(checkpoint), str(output), "--overwrite"]) == 0
+
+    def test_a_checkpoint_without_a_student_is_refused(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        torch.save({"state_dict": {"model.weight": torch.ones(1)}}, tmp_path / "other.ckpt")
+        assert main(["export", str(tmp_path / "other.ckpt"), str(tmp_path / "student.pt")]) == 1
+        assert "must have entries that begin with 'student.', but has model.weight" in capsys.readouterr().err
+
+    def test_safetensors_that_are_not_installed_are_named(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+        assert main(["export", str(checkpoint), str(tmp_path / "student.safetensors")]) == 1
+        assert "pip install safetensors" in capsys.readouterr().err
+
+
+def save_run(folder: Path, initial: Tensor, final: Tensor, moment: float = 0.5) -> Path:
+    folder.mkdir()
+    torch.save({"student.w": initial}, folder / "initial.pt")
+    state = {"state": {0: {"exp_avg": torch.full((2,), moment)}}, "param_groups": []}
+    torch.save({"state_dict": {"student.w": final}, "optimizer_states": [state]}, folder / "final.ckpt")
+    blocks = [{"name": "stem", "parameters": ["student.w"], "buffers": [], "optimizer": [[0, 0]]}]
+    (folder / "blocks.json").write_text(json.dumps(blocks))
+    return folder
+
+
+class TestCompareRuns:
+    def test_equal_runs_are_bitwise(self, tmp_path: Path) -> None:
+        runs = [save_run(tmp_path / name, torch.zeros(2), torch.ones(2)) for name in "ab"]
+        (block,) = compare_runs(*runs, tolerance=0.01)
+        assert (block.block, block.verdict, block.share_of_way) == ("stem", "bitwise", 0.0)
+
+    @pytest.mark.parametrize(("off", "verdict"), [(0.005, "within"), (0.02, "differs")])
+    def test_difference_is_judged_by_the_way_trained(self, off: float, verdict: str, tmp_path: Path) -> None:
+        first = save_run(tmp_path / "a", torch.full((2,), 5.0), torch.full((2,), 6.0))
+        second = save_run(tmp_path / "b", torch.full((2,), 5.0), torch.full((2,), 6.0 + off))
+        (block,) = compare_runs(first, second, tolerance=0.01)
+        assert block.verdict == verdict
+        assert block.share_of_way == pytest.approx(off, rel=1e-3)
+
+    def test_optimizer_state_alone_makes_a_difference(self, tmp_path: Path) -> None:
+        first = save_run(tmp_path / "a", torch.zeros(2), torch.ones(2))
+        second = save_run(tmp_path / "b", torch.zeros(2), torch.ones(2), moment=0.75)
+        (block,) = compare_runs(first, second, tolerance=0.01)
+        assert (block.verdict, block.optimizer) == ("within", 0.25)
+
+    def test_runs_that_began_apart_are_refused(self, tmp_path: Path) -> None:
+        runs = [
+            save_run(tmp_path / name, torch.full((2,), value), torch.ones(2)) for name, value in (("a", 0), ("b", 9))
+        ]
+        with pytest.raises(ValueError, match="Both runs must begin with the same weights"):
+            compare_runs(*runs, tolerance=0.01)
+
+
+def write_configuration(folder: Path, **trainer: Any) -> str:
+    content = {
+        "seed_everything": 1,
+        "trainer": {"accelerator": "cpu", "devices": 2, "max_epochs": 50, "strategy": PLAN, **trainer},
+        "model": {"class_path": "tests.test_cli.CliModule"},
+        "data": {"class_path": "tests.test_cli.CliData"},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+@pytest.mark.spawn
+class TestVerify:
+    def test_the_plan_of_the_configuration_is_judged_and_nothing_is_left_behind(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PYTHONPATH", os.getcwd())
+        config = write_configuration(tmp_path, default_root_dir=str(tmp_path / "logs"))
+        assert main(["verify", "--config", config, "--steps", "7"]) == 0
+        text = capsys.readouterr().out
+        assert text.count("bitwise") == 4
+        assert "The same student as one process, bit for bit, after 7 steps with 2 ranks." in text
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml"]
+
+    def test_a_run_that_fails_is_shown(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PYTHONPATH", os.getcwd())
+        config = write_configuration(tmp_path)
+        assert main(["verify", "--config", config, "--steps", "2", "--", "--data.batch_size", "nine"]) == 2
+        text = capsys.readouterr().err
+        assert "The run with one process failed" in text
+        assert "batch_size" in text
