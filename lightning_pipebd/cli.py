@@ -13,6 +13,7 @@ __all__ = ["COMMANDS", "main"]
 
 #: Each has a module of its own in `lightning_pipebd.commands` with a function `run`.
 COMMANDS = {
+    "check": "look at a configuration without training, or suggest a block map for two models",
     "verify": "train a few steps in one process and under the plan, and compare block by block",
     "export": "write the plain student of a checkpoint",
 }

@@ -24,7 +24,8 @@ LIGHTNING_INTERNALS = "lightning_internals"
 FLOORS = {
     "planning": {f"{PACKAGE}.planning"},
     "runtime": {"torch", "typing_extensions", f"{PACKAGE}.planning", f"{PACKAGE}.runtime"},
-    "": {"torch", "typing_extensions", "lightning", "torchmetrics", "jsonargparse", "yaml", PACKAGE},
+    # safetensors is optional, and imported where it is asked for.
+    "": {"torch", "typing_extensions", "lightning", "torchmetrics", "jsonargparse", "yaml", "safetensors", PACKAGE},
 }
 
 #: The functions of torch.distributed that move data or make ranks wait for each other.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_pipebd.cli import COMMANDS, main
 from lightning_pipebd.commands.compare import compare_runs
@@ -120,6 +120,60 @@ def write_configuration(folder: Path, **trainer: Any) -> str:
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(content))
     return str(path)
+
+
+def make_classifier() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def make_text() -> str:
+    return "no model"
+
+
+class TestCheck:
+    def test_blocks_are_listed_with_shapes_and_parameters(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["check", "--config", write_configuration(tmp_path), "--json"]) == 0
+        blocks = json.loads(capsys.readouterr().out)["blocks"]
+        assert [block["block"] for block in blocks] == ["0", "1", "2", "3"]
+        assert [block["boundary per row"] for block in blocks] == ["6", "6", "6", "5"]
+        assert [block["student parameters"] for block in blocks] == [42, 42, 42, 35]
+
+    def test_a_wrong_plan_is_a_problem(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = write_configuration(tmp_path)
+        assert main(["check", "--config", config, "--", "--trainer.strategy.plan", "0|1"]) == 1
+        assert "Problem: `plan` must name every block from 0 to 3" in capsys.readouterr().err
+
+    def test_a_block_map_is_suggested_as_yaml(self, capsys: pytest.CaptureFixture[str]) -> None:
+        models = [
+            "--teacher",
+            "tests.test_commands.make_classifier",
+            "--student",
+            "tests.test_commands.make_classifier",
+        ]
+        assert main(["check", *models, "--input", "1,4"]) == 0
+        assert yaml.safe_load(capsys.readouterr().out) == {"block_map": {1: 1, 2: 2}}
+
+    @pytest.mark.parametrize(
+        ("student", "problem"),
+        [
+            ("tests.test_commands.make_text", "`--student` must make a torch.nn.Module, but"),
+            ("tests.test_commands.make_nothing", "has no attribute 'make_nothing'"),
+            ("tests.nowhere.make", "No module named 'tests.nowhere'"),
+        ],
+    )
+    def test_what_makes_no_model_is_a_problem(
+        self, student: str, problem: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        models = ["--teacher", "tests.test_commands.make_classifier", "--student", student]
+        assert main(["check", *models, "--input", "1,4"]) == 1
+        assert problem in capsys.readouterr().err
+
+    def test_neither_a_configuration_nor_models_is_a_usage_error(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit, match="2"):
+            main(["check"])
+        assert "give --config, or --teacher, --student and --input" in capsys.readouterr().err
 
 
 @pytest.mark.spawn
