@@ -4,12 +4,14 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import format_plan, parse_plan
 from lightning_pipebd.plans import load_plan, save_plan
+from lightning_pipebd.runtime.candidates import Candidates
 from lightning_pipebd.runtime.partition import CallableBlock, PartitionError
 from lightning_pipebd.strategy import PipeBDStrategy
 
 __all__ = [
     "BlockwiseDistillationModule",
     "CallableBlock",
+    "Candidates",
     "PartitionError",
     "PipeBDStrategy",
     "Plan",

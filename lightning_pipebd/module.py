@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_pipebd.lightning_internals import StagedBatchModule
 from lightning_pipebd.losses import BLOCK_LOSSES
 from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
+from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.partition import call_block
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
 from lightning_pipebd.runtime.row_trees import count_rows
@@ -120,8 +121,11 @@ class BlockwiseDistillationModule(StagedBatchModule):
         """Give the key under which a block's metric is logged, the same for every plan.
 
         Example:
-            ``train/block/03/loss``
+            ``train/block/03/loss``; ``train/block/features.3/candidate/1/loss`` where a block has candidates
         """
+        candidate = self.block_pairs.candidates[block]
+        if candidate is not None:
+            return f"train/block/{candidate.place}/candidate/{candidate.number}/{what}"
         return f"train/block/{block:0{max(2, len(str(self.num_blocks - 1)))}d}/{what}"
 
     def check_shapes(self, example_input: Any) -> None:
@@ -220,7 +224,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
             if f"output_{block}" in self.adapters:
                 output = self.adapters[f"output_{block}"](output)
             wanted = targets if block in self.target_blocks else None
-            return self.block_loss(block, output, teacher_output, wanted)
+            return self.block_loss(block, output, target_of(teacher_output), wanted)
 
     @property
     def random_seed(self) -> int:

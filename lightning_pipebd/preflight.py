@@ -36,7 +36,7 @@ __all__ = [
     "warn_of_statistics",
 ]
 
-_STEP_KEYS = re.compile(r"train/loss|train/block/\d+/loss")
+_STEP_KEYS = re.compile(r"train/loss|train/block/(\d+|.+/candidate/\d+)/loss")
 _COUPLING_OPTIMIZERS = (torch.optim.LBFGS,)
 
 

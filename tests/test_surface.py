@@ -13,6 +13,7 @@ from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
 NAMES = [
     "BlockwiseDistillationModule",
     "CallableBlock",
+    "Candidates",
     "PartitionError",
     "PipeBDStrategy",
     "Plan",
