@@ -15,6 +15,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "check": "look at a configuration without training, or suggest a block map for two models",
     "verify": "train a few steps in one process and under the plan, and compare block by block",
+    "rate": "rate the candidates of every place, and choose within a number of parameters",
     "export": "write the plain student of a checkpoint",
 }
 

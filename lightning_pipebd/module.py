@@ -218,13 +218,34 @@ class BlockwiseDistillationModule(StagedBatchModule):
         """
         coordinates = (self.trainer.current_epoch, batch_idx, block, first_row)
         with random_stream(stream_key(self.random_seed, *coordinates), self.device):
-            if f"input_{block}" in self.adapters:
-                boundary = self.adapters[f"input_{block}"](boundary)
-            output = self._call("student", block, boundary)
-            if f"output_{block}" in self.adapters:
-                output = self.adapters[f"output_{block}"](output)
-            wanted = targets if block in self.target_blocks else None
-            return self.block_loss(block, output, target_of(teacher_output), wanted)
+            return self._rate(block, boundary, teacher_output, targets)
+
+    def rate_blocks(self, batch: Any) -> list[Tensor]:
+        """Give every block's loss on a batch, as it is in the mode that the module is in; trains nothing.
+
+        The whole student must be on this device, as in the user's validation or after a fit.
+
+        Args:
+            batch: What a loader yields.
+        """
+        boundary, targets = self.unpack_batch(batch)
+        losses = []
+        # With gradients, though none is used: by them a loss tells hidden states from masks.
+        with torch.enable_grad():
+            for block in range(self.num_blocks):
+                teacher_output = self.teach(block, boundary)
+                losses.append(self._rate(block, boundary, teacher_output, targets).detach())
+                boundary = teacher_output
+        return losses
+
+    def _rate(self, block: int, boundary: Any, teacher_output: Any, targets: Any) -> Tensor:
+        if f"input_{block}" in self.adapters:
+            boundary = self.adapters[f"input_{block}"](boundary)
+        output = self._call("student", block, boundary)
+        if f"output_{block}" in self.adapters:
+            output = self.adapters[f"output_{block}"](output)
+        wanted = targets if block in self.target_blocks else None
+        return self.block_loss(block, output, target_of(teacher_output), wanted)
 
     @property
     def random_seed(self) -> int:

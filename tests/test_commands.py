@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from lightning_pipebd import Candidates
 from lightning_pipebd.cli import COMMANDS, main
 from lightning_pipebd.commands.compare import compare_runs
+from tests.helpers.toy import make_loader, make_module
 
 PLAN = {"class_path": "lightning_pipebd.PipeBDStrategy", "init_args": {"plan": "0-1|2-3"}}
 
@@ -46,6 +50,36 @@ class TestExport:
         assert main(["export", str(checkpoint), str(tmp_path / "student.pt"), "--dtype", "bfloat16"]) == 0
         state = torch.load(tmp_path / "student.pt", weights_only=True)
         assert [value.dtype for value in state.values()] == [torch.bfloat16, torch.int64]
+
+    def test_one_candidate_of_every_place_is_kept_under_the_places_name(self, tmp_path: Path) -> None:
+        place = Candidates([nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.Identity()])
+        student = nn.Sequential(place, nn.Linear(2, 1))
+        state = {f"student.{name}": value for name, value in student.state_dict().items()}
+        torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+        command = ["export", str(tmp_path / "last.ckpt"), str(tmp_path / "student.pt"), "--overwrite"]
+        for number, candidate in enumerate(place.candidates):
+            assert main([*command, "--pick", f"0={number}"]) == 0
+            plain = nn.Sequential(candidate, nn.Linear(2, 1))
+            plain.load_state_dict(torch.load(tmp_path / "student.pt", weights_only=True))
+
+    @pytest.mark.parametrize(
+        ("picks", "problem"),
+        [
+            ([], "`--pick` must name one candidate of every place, but 0 is left open. Places: 0 (2 candidates)."),
+            (["0=2"], "but 0=2 does not exist"),
+            (["0=0", "1=0"], "but 1=0 does not exist"),
+            (["0"], "`--pick` must be PLACE=NUMBER, but is '0'"),
+        ],
+    )
+    def test_a_wrong_pick_is_refused(
+        self, picks: list[str], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        student = nn.Sequential(Candidates([nn.Linear(2, 2), nn.Identity()]))
+        state = {f"student.{name}": value for name, value in student.state_dict().items()}
+        torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+        command = ["export", str(tmp_path / "last.ckpt"), str(tmp_path / "student.pt")]
+        assert main([*command, *(text for pick in picks for text in ("--pick", pick))]) == 1
+        assert problem in capsys.readouterr().err
 
     def test_an_existing_file_stays_unless_told_otherwise(
         self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -128,6 +162,50 @@ def make_classifier() -> nn.Module:
 
 def make_text() -> str:
     return "no model"
+
+
+class SmallData(LightningDataModule):
+    def val_dataloader(self) -> DataLoader[Any]:
+        module = make_module("candidates")
+        return make_loader(module, 8, 4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between Lightning and jsonargparse
+class TestRate:
+    @pytest.fixture
+    def command(self, tmp_path: Path) -> list[str]:
+        content = {
+            "seed_everything": 1,
+            "trainer": {"accelerator": "cpu", "logger": False},
+            "model": {"class_path": "tests.helpers.toy.CandidatesModule"},
+            "data": {"class_path": "tests.test_commands.SmallData"},
+        }
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+        torch.save({"state_dict": make_module("candidates").state_dict()}, tmp_path / "last.ckpt")
+        return ["rate", "--config", str(tmp_path / "config.yaml"), "--checkpoint", str(tmp_path / "last.ckpt")]
+
+    def test_the_best_candidate_of_every_place_is_chosen(
+        self, command: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*command, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        for place in ("features.1", "features.2"):
+            losses = [score["loss"] for score in found["candidates"] if score["place"] == place]
+            assert losses[found["chosen"][place]] == min(losses)
+
+    def test_parameters_are_limited_and_the_export_is_spelled_out(
+        self, command: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main([*command, "--max-parameters", "300"]) == 0
+        text = capsys.readouterr().out
+        assert "--pick features.1=2 --pick features.2=1" in text
+        assert main([*command, "--max-parameters", "10"]) == 1
+        assert "`max_size` must leave room for the smallest candidates" in capsys.readouterr().err
+
+    def test_a_student_without_candidates_is_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        config = write_configuration(tmp_path)
+        assert main(["rate", "--config", config, "--checkpoint", "last.ckpt"]) == 1
+        assert "must have a place with candidates" in capsys.readouterr().err
 
 
 class TestCheck:

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_pipebd.commands.configuration import load_configuration
 from lightning_pipebd.commands.text import format_columns
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.preflight import require_module
@@ -90,7 +91,7 @@ def _make(path: str, role: str) -> nn.Module:
 def _check(options: argparse.Namespace) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cli = LightningCLI(args=_arguments(options), run=False, save_config_callback=None)
+        cli = load_configuration(options.config, options.others)
         module = require_module(cli.model)
         cli.trainer.strategy.connect(module)
         example = _find_example(module, cli)
@@ -104,10 +105,6 @@ def _check(options: argparse.Namespace) -> str:
     table = format_columns([list(blocks[0]), *(list(map(str, block.values())) for block in blocks)])
     shapes = "shapes agree" if example is not None else "shapes not checked: no `example_input_array` and no data"
     return "\n".join([table, *(f"Warning: {text}" for text in found), f"No problem found ({shapes})."])
-
-
-def _arguments(options: argparse.Namespace) -> list[str]:
-    return ["--config", options.config, *options.others]
 
 
 def _find_example(module: BlockwiseDistillationModule, cli: LightningCLI) -> Any:

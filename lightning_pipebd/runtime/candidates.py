@@ -42,6 +42,7 @@ class Candidates(nn.Module):
 
     Attributes:
         candidates: The modules.
+        num_candidates: How many there are, as a tensor.
         chosen: Index of the one that runs.
 
     Raises:
@@ -55,6 +56,7 @@ class Candidates(nn.Module):
     """
 
     chosen: int
+    num_candidates: Tensor
 
     def __init__(self, candidates: Sequence[nn.Module], chosen: int = 0) -> None:
         super().__init__()
@@ -63,6 +65,8 @@ class Candidates(nn.Module):
                 "`candidates` must have at least one module, but is empty. Give the modules to choose from."
             )
         self.candidates = nn.ModuleList(candidates)
+        # In the state, so that a checkpoint alone tells which places have candidates, also such without parameters.
+        self.register_buffer("num_candidates", torch.tensor(len(candidates)))
         self.choose(chosen)
 
     def choose(self, index: int) -> None:
