@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -36,7 +37,7 @@ from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_
 from lightning_pipebd.runtime.transport import Lane, ProcessGroupTransport, Transport
 from lightning_pipebd.scaling import BlockScalers
 
-__all__ = ["TrainingSession", "plan_edges"]
+__all__ = ["BlockJobs", "TrainingSession", "plan_edges"]
 
 
 def plan_edges(plan: Plan, target_blocks: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
@@ -123,7 +124,7 @@ class TrainingSession:
         add_callback(trainer, self._metrics)
         parameters = {block: self._module.block_parameters(block) for block in self._learned}
         self.scalers = BlockScalers(self._strategy.precision_plugin, parameters, self._strategy.root_device, transport)
-        self._jobs = _Jobs(self._module, self._strategy, self.scalers)
+        self._jobs = BlockJobs(self._module, self._strategy.precision_plugin, self.scalers)
         self._executor = Executor(
             self._jobs,
             self._relay,
@@ -330,30 +331,40 @@ class TrainingSession:
         return loaded
 
 
-class _Jobs:
-    """The module's blocks under the trainer's precision, as the executor wants them."""
+class BlockJobs:
+    """The module's blocks under the trainer's precision, as the executor wants them.
+
+    Args:
+        module: Teacher, student and losses.
+        plugin: The trainer's precision plugin.
+        scalers: Scales of the losses; `None` scales nothing.
+    """
 
     def __init__(
-        self, module: BlockwiseDistillationModule, strategy: ProcessGroupStrategy, scalers: BlockScalers
+        self, module: BlockwiseDistillationModule, plugin: Precision, scalers: BlockScalers | None = None
     ) -> None:
         self._module = module
-        self._plugin = strategy.precision_plugin
+        self._plugin = plugin
         self._scalers = scalers
         self.optimizer: Optimizer | None = None
         self.batch_idx = 0
         self.num_accumulated = 1
 
     def teach(self, block: int, boundary: Any) -> Any:
+        """Give the next boundary."""
         with self._plugin.train_step_context():
             return self._module.teach(block, boundary)
 
     def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
+        """Add the gradients of some rows' part of the batch's mean loss; give that part, detached."""
         is_part = rows.num_rows < num_rows
         first_row = rows.start if is_part else 0
         with self._plugin.train_step_context():
             loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
         if is_part:
             loss = loss * (rows.num_rows / num_rows)
-        scaled = self._scalers.scale(block, loss / self.num_accumulated)
+        scaled = loss / self.num_accumulated
+        if self._scalers is not None:
+            scaled = self._scalers.scale(block, scaled)
         self._plugin.backward(scaled, self._module, self.optimizer)
         return loss.detach()

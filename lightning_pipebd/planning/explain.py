@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.program import TARGETS
+from lightning_pipebd.planning.quantities import format_bytes
 from lightning_pipebd.planning.routing import route
 
 __all__ = ["BlockTraits", "Exactness", "ExactnessReason", "exactness_of", "exactness_reasons", "explain_plan"]
@@ -221,9 +222,9 @@ def _relay_lines(
         size = sizes.get(boundary)
         if num_rows is None:
             share = "all rows" if rows == exact_rows else f"{Fraction(rows, exact_rows)} of the rows"
-            part = share + (f", {_bytes(size)} per row" if size else "")
+            part = share + (f", {format_bytes(size)} per row" if size else "")
         else:
-            part = f"{rows} of {num_rows} rows" + (f", {_bytes(size * rows)}" if size else "")
+            part = f"{rows} of {num_rows} rows" + (f", {format_bytes(size * rows)}" if size else "")
         yield f"rank {sender} to rank {receiver}: {name}, {part}"
 
 
@@ -231,12 +232,3 @@ def _reduce_lines(plan: Plan, traits: Sequence[BlockTraits]) -> Iterator[str]:
     for block, trait in enumerate(traits):
         if len(plan.student[block]) > 1:
             yield f"block {_label(block, trait)}: {_ranks(plan.student_ranks(block))}"
-
-
-def _bytes(number: int) -> str:
-    size, unit = float(number), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.4g} {unit}"

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from math import sqrt
+from math import hypot, sqrt
 
 import torch
 
@@ -107,6 +107,6 @@ class Samples:
         return median_ms(self.values[key])
 
     def uncertainty(self) -> float:
-        """Give the relative uncertainty of the sum of all medians, if all err in the same direction."""
+        """Give the relative uncertainty of the sum of all medians, if they err independently of each other."""
         total = sum(map(median_ms, self.values.values()))
-        return sum(map(uncertainty_ms, self.values.values())) / total if total else 0.0
+        return hypot(*map(uncertainty_ms, self.values.values())) / total if total else 0.0
