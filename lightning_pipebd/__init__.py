@@ -6,6 +6,7 @@ from lightning_pipebd.planning.plan_text import format_plan, parse_plan
 from lightning_pipebd.plans import load_plan, save_plan
 from lightning_pipebd.runtime.partition import CallableBlock, PartitionError
 from lightning_pipebd.strategy import PipeBDStrategy
+from lightning_pipebd.timeline import Timeline
 
 __all__ = [
     "BlockwiseDistillationModule",
@@ -14,6 +15,7 @@ __all__ = [
     "PipeBDStrategy",
     "Plan",
     "PlanError",
+    "Timeline",
     "format_plan",
     "load_plan",
     "parse_plan",

@@ -19,17 +19,17 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.curve import CostError
-from lightning_pipebd.planning.explain import Exactness, exactness_of, exactness_reasons
+from lightning_pipebd.planning.explain import Exactness, explain_plan
 from lightning_pipebd.planning.measurement import Measurement
-from lightning_pipebd.planning.outlook import Outlook
-from lightning_pipebd.planning.plan import Plan, PlanError
+from lightning_pipebd.planning.outlook import Outlook, check_exactness
+from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.quantities import parse_bytes
 from lightning_pipebd.plans import resolve_plan
 from lightning_pipebd.runtime.agreement import done_by_rank_zero
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 from lightning_pipebd.runtime.transport import Transport
 
-__all__ = ["FoundPlan", "PlanFinder", "UnreadLoader", "find_plan_of_fit", "synchronises_norms"]
+__all__ = ["FoundPlan", "PlanFinder", "UnreadLoader", "explain_found", "find_plan_of_fit"]
 
 _LEVELS = (Exactness.BITWISE, Exactness.SUMMATION)
 
@@ -104,7 +104,7 @@ class PlanFinder:
         # One rank leaves no choice.
         return Plan.straight([module.num_blocks]) if num_ranks == 1 else None
 
-    def check(self, plan: Plan | None, module: BlockwiseDistillationModule, *, is_synchronised: bool) -> None:
+    def check(self, plan: Plan | None, module: BlockwiseDistillationModule, strategy: ProcessGroupStrategy) -> None:
         """Raise for what is known to be wrong before anything is measured.
 
         Raises:
@@ -118,16 +118,9 @@ class PlanFinder:
                     f"`costs` must describe the module's {module.num_blocks} blocks, but describe {table.num_blocks}. "
                     "Measure this module."
                 )
-        if plan is None or self._exactness is None:
-            return
-        traits = block_traits(module, is_synchronised=is_synchronised)
-        order = list(Exactness)
-        if order.index(exactness_of(plan, traits)) > order.index(self._exactness):
-            worst = max(exactness_reasons(plan, traits), key=lambda reason: order.index(reason.exactness))
-            raise PlanError(
-                f"`plan` must be {self._exactness}, because `exactness` says so, but {worst.sentence} "
-                "Leave one of both out, or keep that block's rows together."
-            )
+        if plan is not None and self._exactness is not None:
+            traits = block_traits(module, is_synchronised=_synchronises_norms(strategy))
+            check_exactness(plan, traits, self._exactness)
 
     def find(
         self,
@@ -191,8 +184,15 @@ def _fitting_cluster(cluster: Cluster, costs: CostTable) -> Cluster:
     return replace(cluster, device_class=(known[0],) * cluster.num_ranks)
 
 
-def synchronises_norms(strategy: ProcessGroupStrategy) -> bool:
-    """Tell whether blocks that ranks share will take their batch statistics over all rows."""
+def explain_found(found: FoundPlan, module: BlockwiseDistillationModule, *, is_synchronised: bool) -> str:
+    """Say what a fit's plan does, and what is foreseen of it."""
+    if found.outlook is not None:
+        return str(found.outlook)
+    traits = module.block_pairs.traits(module.example_input_array, is_synchronised=is_synchronised)
+    return explain_plan(found.plan, traits, target_blocks=module.target_blocks)
+
+
+def _synchronises_norms(strategy: ProcessGroupStrategy) -> bool:
     # torch has no synchronised BatchNorm for CPU.
     return strategy.layer_sync and strategy.root_device.type != "cpu"
 
@@ -212,7 +212,7 @@ def find_plan_of_fit(
         plugin=strategy.precision_plugin,
         device=strategy.root_device,
         to_device=strategy.batch_to_device,
-        is_synchronised=synchronises_norms(strategy),
+        is_synchronised=_synchronises_norms(strategy),
         tell=rank_zero_info,
     )
     machines = transport.all_gather_object(tuple(Machine.here(strategy.root_device, strategy.node_rank)))

@@ -13,6 +13,8 @@ __all__ = ["COMMANDS", "main"]
 
 #: Each has a module of its own in `lightning_pipebd.commands` with a function `run`.
 COMMANDS = {
+    "plan": "measure a module, and find the plan with the smallest step time",
+    "simulate": "predict what a plan takes on devices that one does not have",
     "verify": "train a few steps in one process and under the plan, and compare block by block",
     "export": "write the plain student of a checkpoint",
 }

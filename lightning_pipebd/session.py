@@ -26,16 +26,18 @@ from lightning_pipebd.lightning_internals import (
 )
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs
+from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.program import TARGETS, Kind, Program
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
-from lightning_pipebd.runtime.executor import Executor
+from lightning_pipebd.runtime.executor import Executor, Span
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Lane, ProcessGroupTransport, Transport
 from lightning_pipebd.scaling import BlockScalers
+from lightning_pipebd.step_report import StepReport
 
 __all__ = ["BlockJobs", "TrainingSession", "plan_edges"]
 
@@ -90,6 +92,7 @@ class TrainingSession:
         self._train_loader: TrainLoader | HeaderLoader | None = None
         self._loader_epoch = -1
         self._norms: SynchronisedNorms | None = None
+        self._step_report: StepReport | None = None
         self._is_abandoned = False
         self._is_open = False
 
@@ -134,6 +137,20 @@ class TrainingSession:
         self._trainer = trainer
         self._is_open = True
 
+    def observe(self, observer: Callable[[Span], None] | None) -> None:
+        """Have every action of this rank told to somebody."""
+        self._executor.observer = observer
+
+    def report(self, outlook: Outlook | None) -> None:
+        """Log after the first epoch how the steps' time compares with what was foreseen."""
+        if outlook is not None:
+            self._step_report = StepReport(outlook, self._transport)
+            add_callback(self._trainer, self._step_report)
+
+    def gather(self, value: Any) -> list[Any]:
+        """**Collective** over all ranks: give every rank's value, in rank order."""
+        return self._transport.all_gather_object(value)
+
     def close(self) -> None:
         """Finish all exchanges; every rank must do so after the same step."""
         if self._is_open:
@@ -159,6 +176,8 @@ class TrainingSession:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
         if hasattr(self, "_metrics"):
             remove_callback(self._trainer, self._metrics)
+            if self._step_report is not None:
+                remove_callback(self._trainer, self._step_report)
             self.scalers.restore()
         if self._norms is not None:
             self._norms.restore()

@@ -18,18 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader, find_plan_of_fit, synchronises_norms
+from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader, explain_found, find_plan_of_fit
 from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise_models
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
-from lightning_pipebd.lightning_internals import (
-    COMPLETE,
-    ProcessGroupStrategy,
-    seed_workers,
-    silence_sigterm_broadcast,
-)
+from lightning_pipebd.lightning_internals import COMPLETE, ProcessGroupStrategy, seed_workers, silence_sigterm_broadcast
 from lightning_pipebd.planning.costs import CostTable
-from lightning_pipebd.planning.explain import explain_plan
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan import Plan
@@ -122,12 +116,17 @@ class PipeBDStrategy(ProcessGroupStrategy):
     @property
     def outlook(self) -> Outlook | None:
         """What was foreseen of the plan at the last ``fit``; ``None`` if nothing was measured."""
-        return self._found.outlook if self._found is not None else None
+        return self._found and self._found.outlook
 
     @property
     def is_distributed(self) -> bool:
         """Whether logged values are to be exchanged: while ranks hold different rows, and when an epoch ends."""
         return self._shares_logs
+
+    @property
+    def session(self) -> TrainingSession | None:
+        """What trains on this rank; ``None`` before the first ``fit``."""
+        return self._session
 
     # Set-up.
 
@@ -137,7 +136,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         self._found = None
         check_trainer(trainer, module, self.plan)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._finder.check(self.plan, module, is_synchronised=synchronises_norms(self))
+            self._finder.check(self.plan, module, self)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -172,13 +171,12 @@ class PipeBDStrategy(ProcessGroupStrategy):
         # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which begins
         # to load.
         self._session.begin(trainer, self.sharing_logs, self._assemble_student)
+        self._session.report(self._found.outlook)
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         silence_sigterm_broadcast(trainer)
         warn_of_statistics(plan, module, is_synchronised=self.layer_sync)
-        traits = module.block_pairs.traits(module.example_input_array, is_synchronised=self.layer_sync)
-        explained = explain_plan(plan, traits, target_blocks=module.target_blocks)
-        rank_zero_info(explained if self._found.outlook is None else str(self._found.outlook))
+        rank_zero_info(explain_found(self._found, module, is_synchronised=self.layer_sync))
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:

@@ -24,7 +24,7 @@ LIGHTNING_INTERNALS = "lightning_internals"
 FLOORS = {
     "planning": {f"{PACKAGE}.planning"},
     "runtime": {"torch", "typing_extensions", f"{PACKAGE}.planning", f"{PACKAGE}.runtime"},
-    "": {"torch", "typing_extensions", "lightning", "torchmetrics", "jsonargparse", "yaml", PACKAGE},
+    "": {"torch", "typing_extensions", "lightning", "torchmetrics", "jsonargparse", "yaml", "matplotlib", PACKAGE},
 }
 
 #: The functions of torch.distributed that move data or make ranks wait for each other.

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
@@ -76,5 +75,3 @@ def measure_configured(arguments: Sequence[str], *, num_ranks: int, uses_cache: 
     if meter.measurement is None:
         raise ValueError("`data` must yield a batch to measure on, but yields none.")
     return meter.measurement
-
-

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_pipebd.plans import save_plan
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable, LinkCost
 from lightning_pipebd.planning.explain import Exactness
@@ -18,9 +17,10 @@ from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.quantities import parse_bytes
 from lightning_pipebd.planning.simulate import simulate
+from lightning_pipebd.plans import save_plan
 from lightning_pipebd.plots import draw_timelines, predicted_spans
 
-__all__ = ["add_options", "make_cluster", "report", "with_links"]
+__all__ = ["add_options", "describe", "make_cluster", "report", "with_options"]
 
 _NUM_DRAWN_STEPS = 6
 
@@ -54,13 +54,10 @@ def make_cluster(options: argparse.Namespace, costs: CostTable) -> Cluster:
     )
 
 
-def with_links(costs: CostTable, options: argparse.Namespace) -> CostTable:
-    """Give the costs with the links that the options describe."""
-    return replace(
-        costs,
-        same_node=_link(costs.same_node, options.link_latency_ms, options.link_bytes_per_ms),
-        other_node=_link(costs.other_node, options.node_link_latency_ms, options.node_link_bytes_per_ms),
-    )
+def with_options(measurement: Measurement, options: argparse.Namespace, num_rows: int | None = None) -> Measurement:
+    """Give the measurement with the links that the options describe, for another number of rows if one is given."""
+    costs = _with_links(measurement.costs, options)
+    return replace(measurement, costs=costs, num_rows=measurement.num_rows if num_rows is None else num_rows)
 
 
 def report(options: argparse.Namespace, outlook: Outlook) -> None:
@@ -78,7 +75,9 @@ def report(options: argparse.Namespace, outlook: Outlook) -> None:
             max_in_flight=outlook.max_in_flight,
             target_blocks=measurement.target_blocks,
         )
-        draw_timelines(options.plot, {f"predicted: {outlook.step_time_ms:.4g} ms per step": predicted_spans(simulation)})
+        draw_timelines(
+            options.plot, {f"predicted: {outlook.step_time_ms:.4g} ms per step": predicted_spans(simulation)}
+        )
     sys.stdout.write((json.dumps(describe(outlook), indent=1) if options.json else str(outlook)) + "\n")
 
 
@@ -115,6 +114,9 @@ def _link(link: LinkCost, latency_ms: float | None, bytes_per_ms: float | None) 
     )
 
 
-def with_costs(measurement: Measurement, options: argparse.Namespace) -> Measurement:
-    """Give the measurement with the links that the options describe."""
-    return replace(measurement, costs=with_links(measurement.costs, options))
+def _with_links(costs: CostTable, options: argparse.Namespace) -> CostTable:
+    return replace(
+        costs,
+        same_node=_link(costs.same_node, options.link_latency_ms, options.link_bytes_per_ms),
+        other_node=_link(costs.other_node, options.node_link_latency_ms, options.node_link_bytes_per_ms),
+    )

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_pipebd.commands.measured import measure_configured
-from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_costs
+from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_options
 from lightning_pipebd.cost_tables import load_measurement, save_measurement
 from lightning_pipebd.planning.outlook import Outlook
 
@@ -49,13 +49,11 @@ def run(arguments: Sequence[str]) -> int:
             measured = load_measurement(options.costs)
         else:
             measured = measure_configured(others, num_ranks=options.devices, uses_cache=not options.no_cache)
-        measurement = with_costs(measured, options)
+        measurement = with_options(measured, options)
         cluster = make_cluster(options, measurement.costs)
         if options.save_costs:
             save_measurement(measurement, options.save_costs)
-        outlook = Outlook.find(
-            measurement, cluster, exactness=options.exactness, max_in_flight=options.max_in_flight
-        )
+        outlook = Outlook.find(measurement, cluster, exactness=options.exactness, max_in_flight=options.max_in_flight)
         report(options, outlook)
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"{error}\n")

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_costs
+from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_options
 from lightning_pipebd.cost_tables import load_measurement
-from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.explain import Exactness
+from lightning_pipebd.planning.outlook import Outlook, check_exactness
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import parse_plan
 from lightning_pipebd.plans import load_plan
@@ -16,8 +17,8 @@ from lightning_pipebd.plans import load_plan
 __all__ = ["run"]
 
 _DESCRIPTION = """\
-Predict the step time, the use of every rank and its memory, from costs that `pipebd plan --save-costs` has written. With
---plan for that plan, otherwise for the best one. Costs are a YAML file: edit it, and ask what would be.
+Predict the step time, the use of every rank and its memory, from costs that `pipebd plan --save-costs` has written.
+With --plan for that plan, otherwise for the best one. Costs are a YAML file: edit it, and ask what would be.
 
 exit codes: 0 simulated, 1 the plan does not fit, or a file cannot be read, 2 a wrong option
 """
@@ -52,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _foresee(options: argparse.Namespace) -> Outlook:
-    measurement = with_costs(load_measurement(options.costs), options, num_rows=options.rows)
+    measurement = with_options(load_measurement(options.costs), options, num_rows=options.rows)
     cluster = make_cluster(options, measurement.costs)
     if options.plan is None:
         return Outlook.find(measurement, cluster, exactness=options.exactness, max_in_flight=options.max_in_flight)
@@ -63,7 +64,7 @@ def _foresee(options: argparse.Namespace) -> Outlook:
         max_in_flight=options.max_in_flight,
     )
     if options.exactness is not None:
-        outlook.check_exactness(options.exactness)
+        check_exactness(outlook.plan, measurement.traits, Exactness(options.exactness))
     outlook.check_memory()
     return outlook
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 from lightning_pipebd.planning.bounds import Bounds, find_bounds
 from lightning_pipebd.planning.cluster import Cluster
-from lightning_pipebd.planning.explain import Exactness, exactness_of, explain_plan
+from lightning_pipebd.planning.explain import BlockTraits, Exactness, exactness_of, exactness_reasons, explain_plan
 from lightning_pipebd.planning.families import Family
 from lightning_pipebd.planning.judge import Judge, Judgement
 from lightning_pipebd.planning.measurement import Measurement
@@ -16,7 +16,7 @@ from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.planner import PlanChoice
 from lightning_pipebd.planning.quantities import format_bytes
 
-__all__ = ["Outlook"]
+__all__ = ["Outlook", "check_exactness"]
 
 _COMPARED = {
     Family.JOINT: "joint, all blocks on every rank",
@@ -159,6 +159,21 @@ class Outlook:
 
     def _efficiency(self) -> float:
         return self.bounds.step_time_ms / self.step_time_ms if self.step_time_ms else 1.0
+
+
+def check_exactness(plan: Plan, traits: Sequence[BlockTraits], level: Exactness) -> None:
+    """Raise if a plan is less exact than it must be.
+
+    Raises:
+        PlanError: Names the worst block.
+    """
+    order = list(Exactness)
+    if order.index(exactness_of(plan, traits)) > order.index(level):
+        worst = max(exactness_reasons(plan, traits), key=lambda reason: order.index(reason.exactness))
+        raise PlanError(
+            f"`plan` must be {level}, because `exactness` says so, but {worst.sentence} "
+            "Leave one of both out, or keep that block's rows together."
+        )
 
 
 def _columns(table: Sequence[Sequence[str]]) -> list[str]:
