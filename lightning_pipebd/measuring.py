@@ -39,6 +39,7 @@ from lightning_pipebd.session import BlockJobs
 __all__ = ["Bench", "Machine", "block_traits", "count_batch_rows", "find_cluster", "measure_module"]
 
 # A table is used in any case: beyond this, more noise would only make the choice more timid.
+_SECONDS_BETWEEN_NEWS = 2.0
 _LEAST_NOISE, _MOST_NOISE = 0.01, 0.1
 
 
@@ -267,6 +268,7 @@ def _measure_own(
             row_counts=measured_row_counts(num_rows, num_ranks),
             own=own,
             device=bench.device,
+            tell=_Progress(bench.tell),
         )
     updates = measure_updates(optimizers, [module.block_parameters(block) for block in own], bench.device)
     return _Findings(
@@ -275,6 +277,20 @@ def _measure_own(
         dict(zip(own, updates.optimizer_bytes, strict=True)),
         updates.step_ms,
     )
+
+
+class _Progress:
+    """Passes progress on every few seconds."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._last = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        now = time.perf_counter()
+        if now - self._last >= _SECONDS_BETWEEN_NEWS:
+            self._last = now
+            self._tell(f"Measuring: {text}.")
 
 
 def _block_parts(module: BlockwiseDistillationModule, *, is_synchronised: bool) -> list[BlockParts]:

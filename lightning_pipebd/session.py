@@ -147,6 +147,11 @@ class TrainingSession:
             self._step_report = StepReport(outlook, self._transport)
             add_callback(self._trainer, self._step_report)
 
+    @property
+    def step_time_ms(self) -> float | None:
+        """Measured time of a step; ``None`` before the end of the first epoch, or if nothing was foreseen."""
+        return self._step_report.step_time_ms if self._step_report is not None else None
+
     def gather(self, value: Any) -> list[Any]:
         """**Collective** over all ranks: give every rank's value, in rank order."""
         return self._transport.all_gather_object(value)

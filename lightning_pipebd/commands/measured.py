@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,12 +67,15 @@ def measure_configured(arguments: Sequence[str], *, num_ranks: int, uses_cache: 
     """
     meter = _Meter(num_ranks, MeasurementCache() if uses_cache else None)
     defaults: dict[str, Any] = {"callbacks": [meter]}
-    LightningCLI(
-        args=["fit", *arguments, *_OVERRIDES],
-        trainer_defaults=defaults,
-        save_config_callback=None,
-        parser_kwargs={"prog": "pipebd plan"},
-    )
+    with warnings.catch_warnings():
+        # These are arguments of the command line, less those that are this command's own.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        LightningCLI(
+            args=["fit", *arguments, *_OVERRIDES],
+            trainer_defaults=defaults,
+            save_config_callback=None,
+            parser_kwargs={"prog": "pipebd plan"},
+        )
     if meter.measurement is None:
         raise ValueError("`data` must yield a batch to measure on, but yields none.")
     return meter.measurement

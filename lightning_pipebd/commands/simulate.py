@@ -12,6 +12,7 @@ from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.outlook import Outlook, check_exactness
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import parse_plan
+from lightning_pipebd.planning.simulate import check_fit
 from lightning_pipebd.plans import load_plan
 
 __all__ = ["run"]
@@ -63,6 +64,7 @@ def _foresee(options: argparse.Namespace) -> Outlook:
         cluster=cluster,
         max_in_flight=options.max_in_flight,
     )
+    check_fit(outlook.plan, measurement.costs, cluster)
     if options.exactness is not None:
         check_exactness(outlook.plan, measurement.traits, Exactness(options.exactness))
     outlook.check_memory()

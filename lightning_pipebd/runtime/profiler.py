@@ -83,7 +83,7 @@ def measured_row_counts(num_rows: int, num_ranks: int) -> tuple[int, ...]:
         >>> measured_row_counts(64, 2), measured_row_counts(64, 8), measured_row_counts(3, 8)
         ((32, 64), (8, 16, 32, 64), (1, 2, 3))
     """
-    num_counts = min(_MAX_ROW_COUNTS, max(2, num_ranks.bit_length()))
+    num_counts = min(_MAX_ROW_COUNTS, max(2, num_ranks))
     parts = {max(1, round(num_ranks ** (index / (num_counts - 1)))) for index in range(num_counts)}
     return tuple(sorted({-(-num_rows // part) for part in parts}))
 

@@ -170,7 +170,7 @@ def test_a_teacher_that_cannot_be_divided_is_noticed(teacher: nn.Module, reason:
 
 @pytest.mark.parametrize(
     ("num_rows", "num_ranks", "expected"),
-    [(64, 1, (64,)), (64, 2, (32, 64)), (10, 4, (3, 5, 10)), (256, 16, (16, 41, 128, 256)), (2, 8, (1, 2))],
+    [(64, 1, (64,)), (64, 2, (32, 64)), (10, 4, (3, 4, 5, 10)), (256, 16, (16, 41, 128, 256)), (2, 8, (1, 2))],
 )
 def test_row_counts_lie_between_a_rank_s_part_and_the_batch(
     num_rows: int, num_ranks: int, expected: tuple[int, ...]
