@@ -350,11 +350,13 @@ def _put_together(
         noise=min(max(uncertainty, _LEAST_NOISE), _MOST_NOISE),
     )
     traits = block_traits(module, is_synchronised=bench.is_synchronised)
+    coupled = {block for found in findings for block in found.profile.coupled}
     return Measurement(
         costs=costs,
         num_rows=num_rows,
         traits=tuple(
-            replace(trait, boundary_bytes_per_row=size) for trait, size in zip(traits, boundary_bytes[1:], strict=True)
+            replace(trait, boundary_bytes_per_row=boundary_bytes[block + 1], couples_rows=block in coupled)
+            for block, trait in enumerate(traits)
         ),
         target_blocks=tuple(module.target_blocks),
         whole_reason=next((found.profile.whole_reason for found in findings if found.profile.whole_reason), ""),

@@ -234,7 +234,7 @@ def test_fit_goes_as_in_one_process(name: str, fits: dict[str, Both]) -> None:
 
 
 def test_one_device_trains_as_plain_lightning(fits: dict[str, Both]) -> None:
-    alone, plain = fits["the strategy's name"].one, fits["defaults"].one
+    alone, plain = fits["a plan that is found"].one, fits["defaults"].one
     assert alone["events"] == plain["events"]
     torch.testing.assert_close(alone["student"], plain["student"], rtol=0, atol=0)
 

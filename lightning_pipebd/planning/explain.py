@@ -43,6 +43,7 @@ class BlockTraits:
         is_stochastic: Whether the student block draws random numbers, as dropout does.
         boundary_bytes_per_row: Bytes per row of the activation the teacher block produces; `None` if unknown.
         is_synchronised: Whether those statistics are taken over the rows of all ranks that share the block.
+        couples_rows: Whether the block's loss was found to be no mean over rows, for whatever reason.
     """
 
     name: str
@@ -50,6 +51,7 @@ class BlockTraits:
     is_stochastic: bool = False
     boundary_bytes_per_row: int | None = None
     is_synchronised: bool = False
+    couples_rows: bool = False
 
 
 class ExactnessReason(NamedTuple):
@@ -183,6 +185,13 @@ def _reasons(plan: Plan, block: int, trait: BlockTraits) -> Iterator[ExactnessRe
         is_affected = True
         yield ExactnessReason(
             block, Exactness.STATISTICS, f"{sharers}its random draws differ from one process (statistics)."
+        )
+    if trait.couples_rows and not is_affected:
+        is_affected = True
+        yield ExactnessReason(
+            block,
+            Exactness.STATISTICS,
+            f"{sharers}its loss is not the mean of those of parts of the rows (statistics).",
         )
     if not is_affected:
         yield ExactnessReason(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from math import isclose
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ from lightning_pipebd.runtime.side_effects import preserved_random_states, untou
 __all__ = ["BlockCosts", "BlockParts", "BlockProfile", "measured_row_counts", "profile_blocks"]
 
 _MAX_ROW_COUNTS = 4
+# Rounding in half precision lies below, whatever couples rows mostly far above.
+_SAME_LOSS = 2e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,7 @@ class BlockProfile:
         blocks: Per measured block its costs; update time and optimizer bytes are not among them.
         boundary_bytes_per_row: Of all boundaries.
         whole_reason: Why no rows may be divided; empty if they may.
+        coupled: Measured blocks whose loss is not the mean of the losses of two parts of the batch.
         uncertainty: Relative uncertainty of the times.
         num_rounds: How often everything was measured.
     """
@@ -72,6 +76,7 @@ class BlockProfile:
     blocks: Mapping[int, BlockCosts]
     boundary_bytes_per_row: tuple[int, ...]
     whole_reason: str
+    coupled: frozenset[int]
     uncertainty: float
     num_rounds: int
 
@@ -102,6 +107,8 @@ class _Walk:
 
     cases: dict[tuple[int, int], _Case] = field(default_factory=dict)
     boundary_bytes: list[int] = field(default_factory=list)
+    row_leaves: dict[int, tuple[bool, ...]] = field(default_factory=dict)
+    coupled: set[int] = field(default_factory=set)
     whole_reason: str = ""
 
 
@@ -117,6 +124,7 @@ class _Profiler:
         boundaries = _divide(inputs, self.num_rows, row_counts)
         all_labels = _divide(labels, self.num_rows, row_counts)
         found.boundary_bytes.append(_tree_bytes(boundaries[self.num_rows]) // self.num_rows)
+        found.row_leaves[0] = leading_row_leaves(inputs, self.num_rows)
         for index, parts in enumerate(self.blocks):
             targets = self._teach_all(index, parts, boundaries, found)
             if index in own:
@@ -134,7 +142,8 @@ class _Profiler:
                 for rows in sorted(boundaries.keys() - {self.num_rows}):
                     targets[rows] = self.jobs.teach(index, boundaries[rows])
                     subject = f"teacher block {parts.name}"
-                    find_row_leaves(whole, self.num_rows, targets[rows], rows, subject=subject)
+                    leaves = find_row_leaves(whole, self.num_rows, targets[rows], rows, subject=subject)
+                    found.row_leaves[index + 1] = leaves
             except Exception as error:
                 found.whole_reason = f"teacher block {parts.name}, given {rows} rows: {error}"
                 return {self.num_rows: whole}
@@ -160,12 +169,43 @@ class _Profiler:
                     continue
                 case = self._brought(kept)
                 samples.take(("teach", index, rows), partial(self.jobs.teach, index, case.boundary))
-                if rows == self.num_rows or (parts.is_divisible and not found.whole_reason):
+                if rows == self.num_rows or self._is_divisible(index, found):
                     samples.take(("learn", index, rows), partial(self._learn, index, case, rows))
                     _drop_gradients(parts)
 
     def _learn(self, index: int, case: _Case, rows: int) -> Tensor:
         return self.jobs.learn(index, case.boundary, case.target, case.labels, Rows(0, rows), rows)
+
+    def _is_divisible(self, index: int, found: _Walk) -> bool:
+        return self.blocks[index].is_divisible and index not in found.coupled and not found.whole_reason
+
+    def find_coupling(self, index: int, found: _Walk) -> None:
+        """Note if the block's loss is not the mean of the losses of two parts of the batch."""
+        if not self._is_divisible(index, found) or self.num_rows < 2:
+            return
+        case, half = found.cases[index, self.num_rows], self.num_rows // 2
+        if index + 1 not in found.row_leaves:
+            return
+        labels = leading_row_leaves(case.labels, self.num_rows)
+        leaves = (found.row_leaves[index], found.row_leaves[index + 1], labels)
+        parts = [
+            _Case(*(_cut(tree, flags, self.num_rows, rows) for tree, flags in zip(case, leaves, strict=True)))
+            for rows in (Rows(0, half), Rows(half, self.num_rows))
+        ]
+        modules = [self.blocks[index].teacher, *self.blocks[index].student]
+        try:
+            with _at_work(modules, self.device):
+                whole = self._learn(index, self._brought(case), self.num_rows).item()
+                losses = [
+                    self._learn(index, self._brought(part), rows).item() * rows / self.num_rows
+                    for part, rows in zip(parts, (half, self.num_rows - half), strict=True)
+                ]
+        except Exception:
+            # What does not even run on half of the rows cannot be divided.
+            found.coupled.add(index)
+            return
+        if not isclose(sum(losses), whole, rel_tol=_SAME_LOSS, abs_tol=1e-12):
+            found.coupled.add(index)
 
     def sizes(self, index: int, found: _Walk) -> BlockSizes:
         parts, case = self.blocks[index], found.cases[index, self.num_rows]
@@ -232,11 +272,14 @@ def profile_blocks(
     with preserved_random_states():
         found = profiler.walk(inputs, labels, sorted({*row_counts, num_rows}), own)
         sizes = {index: profiler.sizes(index, found) for index in own}
+        for index in own:
+            profiler.find_coupling(index, found)
         num_rounds = profiler.measure(found, own, samples, tell)
     return BlockProfile(
         blocks={index: BlockCosts(profiler.times(index, samples), sizes[index]) for index in own},
         boundary_bytes_per_row=tuple(found.boundary_bytes),
         whole_reason=found.whole_reason,
+        coupled=frozenset(found.coupled),
         uncertainty=samples.uncertainty(),
         num_rounds=num_rounds,
     )
@@ -259,6 +302,10 @@ def _at_work(modules: Sequence[nn.Module], device: torch.device) -> Iterator[Non
 def _divide(tree: Any, num_rows: int, row_counts: Sequence[int]) -> dict[int, Any]:
     whole = RowTree(Rows(0, num_rows), tree, leading_row_leaves(tree, num_rows))
     return {rows: take_rows(whole, Rows(0, rows)).tree for rows in row_counts}
+
+
+def _cut(tree: Any, row_leaves: tuple[bool, ...], num_rows: int, rows: Rows) -> Any:
+    return take_rows(RowTree(Rows(0, num_rows), tree, row_leaves), rows).tree
 
 
 def _tree_bytes(tree: Any) -> int:

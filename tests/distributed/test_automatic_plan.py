@@ -211,8 +211,9 @@ def test_a_timeline_under_another_strategy_is_refused() -> None:
         enable_checkpointing=False,
         callbacks=[Timeline()],
         max_steps=1,
+        num_sanity_val_steps=0,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     with pytest.raises(TypeError, match="`Timeline` must run under `strategy='pipebd'`, but the strategy is Single"):
-        trainer.fit(SlowModule(0.0), loader(8))
+        trainer.fit(SlowModule(0.0), loader(8), loader(4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -60,10 +61,10 @@ class Busy:
         self.clock.ms += ms * (1 + self.noise * (self.num_calls % 5 - 2) / 2)
 
 
-def make_blocks(*, is_divisible: bool = True) -> list[BlockParts]:
+def make_blocks(*, is_divisible: bool = True, draws: bool = True) -> list[BlockParts]:
     blocks = []
     for index in range(3):
-        student = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+        student = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5 if draws else 0.0))
         blocks.append(
             BlockParts(
                 name=f"block{index}",
@@ -166,6 +167,37 @@ def test_a_teacher_that_cannot_be_divided_is_noticed(teacher: nn.Module, reason:
     found, _ = profile(blocks, own=(0,))
     assert reason in found.whole_reason
     assert found.blocks[0].times.learn_ms.amounts == (16.0,)
+
+
+class Pairs(Busy):
+    """Losses over pairs of rows, sums, or the ordinary mean, block by block."""
+
+    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
+        if block == 2 and num_rows < 16:
+            raise RuntimeError("needs the whole batch")
+        loss = super().learn(block, boundary, target, labels, rows, num_rows)
+        return [loss * num_rows, loss, loss][block]
+
+
+def test_losses_that_are_no_mean_over_rows_are_noticed() -> None:
+    blocks = make_blocks()
+    for index, parts in enumerate(blocks):
+        student = nn.Linear(4, 4)
+        blocks[index] = replace(parts, student=(student,), parameters=tuple(student.parameters()))
+    clock = Clock()
+    found = profile_blocks(
+        Pairs(blocks, clock),
+        blocks,
+        torch.randn(16, 4),
+        torch.arange(16),
+        num_rows=16,
+        row_counts=(8, 16),
+        own=(0, 1, 2),
+        device=CPU,
+        samples=Samples(clock),
+    )
+    assert found.coupled == {0, 2}
+    assert [found.blocks[block].times.learn_ms.amounts for block in range(3)] == [(16.0,), (8.0, 16.0), (16.0,)]
 
 
 @pytest.mark.parametrize(
