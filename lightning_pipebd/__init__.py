@@ -7,6 +7,7 @@ from lightning_pipebd.plans import load_plan, save_plan
 from lightning_pipebd.runtime.candidates import Candidates
 from lightning_pipebd.runtime.partition import CallableBlock, PartitionError
 from lightning_pipebd.strategy import PipeBDStrategy
+from lightning_pipebd.timeline import Timeline
 
 __all__ = [
     "BlockwiseDistillationModule",
@@ -16,6 +17,7 @@ __all__ = [
     "PipeBDStrategy",
     "Plan",
     "PlanError",
+    "Timeline",
     "format_plan",
     "load_plan",
     "parse_plan",

@@ -7,6 +7,7 @@ checkpoint has the layout that plain Lightning writes on one device: the plan le
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
-__all__ = ["PrunedOptimizer", "hand_over", "synchronise"]
+__all__ = ["PrunedOptimizer", "hand_over", "synchronise", "synchronise_models"]
 
 
 class PrunedOptimizer:
@@ -112,6 +114,21 @@ def hand_over(transport: Transport, tensors_and_owners: Iterable[tuple[Sequence[
                     parts = torch.split(flat, [tensor.numel() for tensor in same_type])
                     for tensor, part in zip(same_type, parts, strict=True):
                         tensor.copy_(part.view_as(tensor))
+
+
+def synchronise_models(transport: Transport, module: BlockwiseDistillationModule) -> None:
+    """**Collective** over all ranks: give every rank rank 0's models and seed; warns if teachers differed."""
+    module.random_seed = transport.all_gather_object(module.random_seed)[0]
+    teacher = [(f"teacher.{name}", value) for name, value in module.teacher.state_dict(keep_vars=True).items()]
+    own = list(module.state_dict(keep_vars=True).items())
+    tensors = [(name, value) for name, value in [*teacher, *own] if isinstance(value, Tensor)]
+    different = synchronise(transport, tensors)
+    if any(name.startswith("teacher.") for name in different):
+        warnings.warn(
+            "The ranks had built different teachers; all took rank 0's. Load its weights from a file, or call "
+            "`seed_everything` first.",
+            stacklevel=2,
+        )
 
 
 def synchronise(transport: Transport, tensors: Sequence[tuple[str, Tensor]]) -> list[str]:

@@ -35,6 +35,7 @@ __all__ = [
     "RowLoader",
     "TrainLoader",
     "check_loader",
+    "has_batches_of_indices",
     "header_loader",
 ]
 
@@ -116,7 +117,7 @@ class RowLoader:
 
         The user's loader starts at once, not at the first batch: it draws its seeds when one process would.
         """
-        if self.is_whole or not _has_batches_of_indices(self._loader):
+        if self.is_whole or not has_batches_of_indices(self._loader):
             return self._load_whole(iter(self._loader))
         sampler = _RowSampler(self._loader.batch_sampler, self)
         clone = copy.copy(self._loader)
@@ -332,7 +333,8 @@ def _await_epoch(mailbox: Mailbox) -> Message:
     return message
 
 
-def _has_batches_of_indices(loader: object) -> bool:
+def has_batches_of_indices(loader: object) -> bool:
+    """Tell whether a rank can ask the loader's dataset for its rows alone."""
     return (
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)

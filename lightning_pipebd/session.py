@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -25,18 +26,20 @@ from lightning_pipebd.lightning_internals import (
 )
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs
+from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.program import TARGETS, Kind, Program
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
-from lightning_pipebd.runtime.executor import Executor
+from lightning_pipebd.runtime.executor import Executor, Span
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Lane, ProcessGroupTransport, Transport
 from lightning_pipebd.scaling import BlockScalers
+from lightning_pipebd.step_report import StepReport
 
-__all__ = ["TrainingSession", "plan_edges"]
+__all__ = ["BlockJobs", "TrainingSession", "plan_edges"]
 
 
 def plan_edges(plan: Plan, target_blocks: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
@@ -89,6 +92,7 @@ class TrainingSession:
         self._train_loader: TrainLoader | HeaderLoader | None = None
         self._loader_epoch = -1
         self._norms: SynchronisedNorms | None = None
+        self._step_report: StepReport | None = None
         self._is_abandoned = False
         self._is_open = False
 
@@ -123,7 +127,7 @@ class TrainingSession:
         add_callback(trainer, self._metrics)
         parameters = {block: self._module.block_parameters(block) for block in self._learned}
         self.scalers = BlockScalers(self._strategy.precision_plugin, parameters, self._strategy.root_device, transport)
-        self._jobs = _Jobs(self._module, self._strategy, self.scalers)
+        self._jobs = BlockJobs(self._module, self._strategy.precision_plugin, self.scalers)
         self._executor = Executor(
             self._jobs,
             self._relay,
@@ -132,6 +136,25 @@ class TrainingSession:
         )
         self._trainer = trainer
         self._is_open = True
+
+    def observe(self, observer: Callable[[Span], None] | None) -> None:
+        """Have every action of this rank told to somebody."""
+        self._executor.observer = observer
+
+    def report(self, outlook: Outlook | None) -> None:
+        """Log after the first epoch how the steps' time compares with what was foreseen."""
+        if outlook is not None:
+            self._step_report = StepReport(outlook, self._transport)
+            add_callback(self._trainer, self._step_report)
+
+    @property
+    def step_time_ms(self) -> float | None:
+        """Measured time of a step; ``None`` before the end of the first epoch, or if nothing was foreseen."""
+        return self._step_report.step_time_ms if self._step_report is not None else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """**Collective** over all ranks: give every rank's value, in rank order."""
+        return self._transport.all_gather_object(value)
 
     def close(self) -> None:
         """Finish all exchanges; every rank must do so after the same step."""
@@ -158,6 +181,8 @@ class TrainingSession:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
         if hasattr(self, "_metrics"):
             remove_callback(self._trainer, self._metrics)
+            if self._step_report is not None:
+                remove_callback(self._trainer, self._step_report)
             self.scalers.restore()
         if self._norms is not None:
             self._norms.restore()
@@ -330,30 +355,40 @@ class TrainingSession:
         return loaded
 
 
-class _Jobs:
-    """The module's blocks under the trainer's precision, as the executor wants them."""
+class BlockJobs:
+    """The module's blocks under the trainer's precision, as the executor wants them.
+
+    Args:
+        module: Teacher, student and losses.
+        plugin: The trainer's precision plugin.
+        scalers: Scales of the losses; `None` scales nothing.
+    """
 
     def __init__(
-        self, module: BlockwiseDistillationModule, strategy: ProcessGroupStrategy, scalers: BlockScalers
+        self, module: BlockwiseDistillationModule, plugin: Precision, scalers: BlockScalers | None = None
     ) -> None:
         self._module = module
-        self._plugin = strategy.precision_plugin
+        self._plugin = plugin
         self._scalers = scalers
         self.optimizer: Optimizer | None = None
         self.batch_idx = 0
         self.num_accumulated = 1
 
     def teach(self, block: int, boundary: Any) -> Any:
+        """Give the next boundary."""
         with self._plugin.train_step_context():
             return self._module.teach(block, boundary)
 
     def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
+        """Add the gradients of some rows' part of the batch's mean loss; give that part, detached."""
         is_part = rows.num_rows < num_rows
         first_row = rows.start if is_part else 0
         with self._plugin.train_step_context():
             loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
         if is_part:
             loss = loss * (rows.num_rows / num_rows)
-        scaled = self._scalers.scale(block, loss / self.num_accumulated)
+        scaled = loss / self.num_accumulated
+        if self._scalers is not None:
+            scaled = self._scalers.scale(block, scaled)
         self._plugin.backward(scaled, self._module, self.optimizer)
         return loss.detach()

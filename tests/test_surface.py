@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_pipebd
-from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Timeline
 
 NAMES = [
     "BlockwiseDistillationModule",
@@ -18,6 +18,7 @@ NAMES = [
     "PipeBDStrategy",
     "Plan",
     "PlanError",
+    "Timeline",
     "format_plan",
     "load_plan",
     "parse_plan",
@@ -25,7 +26,17 @@ NAMES = [
 ]
 
 PARAMETERS = {
-    PipeBDStrategy: ["plan=None", "*, max_in_flight=2", "process_group_backend=None", "timeout=0:30:00", "**kwargs"],
+    PipeBDStrategy: [
+        "plan=None",
+        "*, exactness=None",
+        "memory_limit=None",
+        "costs=None",
+        "max_in_flight=2",
+        "process_group_backend=None",
+        "timeout=0:30:00",
+        "**kwargs",
+    ],
+    Timeline: ["path=timeline.json", "*, first_step=8", "num_steps=8", "plot=None"],
     BlockwiseDistillationModule: [
         "teacher",
         "student",

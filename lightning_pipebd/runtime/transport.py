@@ -68,6 +68,15 @@ class Transport(ABC):
     num_ranks: int
 
     @abstractmethod
+    def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
+        """**Collective** over all ranks: prepare what takes preparation; every rank must name the same.
+
+        Args:
+            edges: Pairs (sender, receiver) that will exchange boundaries.
+            groups: Sets of ranks that will reduce together.
+        """
+
+    @abstractmethod
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:
         """Start to send; the tensors must stay unchanged until the returned object's ``wait`` returns."""
 
@@ -117,7 +126,8 @@ def _reported(subject: str) -> Iterator[None]:
 class ProcessGroupTransport(Transport):
     """Messages over gloo; boundaries by shared memory between ranks of one host, by NCCL between GPUs.
 
-    **Collective** over all ranks: the constructor creates process groups, and every rank must name the same ones.
+    **Collective** over all ranks: the constructor creates process groups, and every rank must name the same ones. More
+    can be added with :meth:`connect`.
 
     Args:
         device: Where this rank computes; tensors arrive there.
@@ -142,35 +152,44 @@ class ProcessGroupTransport(Transport):
     ) -> None:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self._device = device
-        use_nccl = device.type == "cuda" and not share_device
+        self._timeout = timeout
+        self._use_nccl = device.type == "cuda" and not share_device
         everyone = list(range(self.num_ranks))
         self._messages: Any = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
         self._control: Any = dist.new_group(everyone, timeout=timeout, backend="gloo")
         self._edges: dict[tuple[int, int], Any] = {}
-        if use_nccl:
-            self._edges = {edge: dist.new_group(sorted(edge), backend="nccl") for edge in sorted(set(edges))}
-        backend = "nccl" if use_nccl else "gloo"
-        unique = sorted({tuple(sorted(group)) for group in groups if len(group) > 1})
-        self._groups: dict[tuple[int, ...], Any] = {
-            group: dist.new_group(list(group), timeout=timeout, backend=backend) for group in unique
-        }
+        self._groups: dict[tuple[int, ...], Any] = {}
         self._sent: dict[tuple[int, Lane], LayoutBook] = {}
         self._received: dict[tuple[int, Lane], LayoutBook] = {}
         self._streams: dict[int, torch.cuda.Stream] = {}
         self._writers: dict[int, SlotWriter] = {}
         self._readers: dict[int, SlotReader] = {}
-        if shares_memory and edges and not use_nccl:
-            self._share_memory(edges)
+        self._shares_memory = shares_memory and not self._use_nccl
+        self._connected: set[tuple[int, int]] = set()
+        self.connect(edges, groups)
 
     def _share_memory(self, edges: Iterable[tuple[int, int]]) -> None:
         passport = issue_passport()
         passports = self.all_gather_object(passport)
         sources = {sender for sender, receiver in edges if receiver == self.rank}
         readable = {sender for sender in sources if passports[sender].is_readable()}
-        self._readers = {sender: SlotReader(passports[sender].pid) for sender in readable}
+        self._readers |= {sender: SlotReader(passports[sender].pid) for sender in readable}
         readers = self.all_gather_object(readable)
-        self._writers = {peer: SlotWriter() for peer, its in enumerate(readers) if self.rank in its}
+        self._writers |= {peer: SlotWriter() for peer, its in enumerate(readers) if self.rank in its}
         passport.destroy()
+
+    @override
+    def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
+        new = sorted(set(edges) - self._connected)
+        self._connected.update(new)
+        if self._use_nccl:
+            self._edges |= {edge: dist.new_group(sorted(edge), backend="nccl") for edge in new}
+        if self._shares_memory and new:
+            self._share_memory(new)
+        backend = "nccl" if self._use_nccl else "gloo"
+        unique = {tuple(sorted(group)) for group in groups if len(group) > 1}
+        for group in sorted(unique - self._groups.keys()):
+            self._groups[group] = dist.new_group(list(group), timeout=self._timeout, backend=backend)
 
     @override
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:
