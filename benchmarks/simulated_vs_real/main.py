@@ -29,7 +29,7 @@ from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
 
 BATCH_SIZE = 64
 WIDTH = 1024  # 64 rows of 1024 floats: 256 KiB
-NUM_STEPS = 60
+NUM_STEPS = 40
 
 #: Name of the workload -> ranks, and a plan of each family. A hybrid plan of two ranks would be the joint one.
 CASES: dict[str, tuple[int, dict[str, str]]] = {
@@ -136,7 +136,7 @@ def train(workload: str, family: str, report: str) -> None:
     seed_everything(0, verbose=False)
     ranks, plans = CASES[workload]
     is_real = workload.startswith("real")
-    shape = (3, 24, 24) if is_real else (WIDTH,)
+    shape = (3, 12, 12) if is_real else (WIDTH,)
     data = TensorDataset(torch.randn(BATCH_SIZE, 1).expand(-1, torch.Size(shape).numel()).reshape(BATCH_SIZE, *shape))
     indices = [list(range(BATCH_SIZE))] * NUM_STEPS
     # A memory limit beyond all needs has the costs of a given plan measured.
@@ -174,6 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--plans", nargs="+", help="families of plans; all by default")
     parser.add_argument("--run", nargs=3, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
@@ -182,7 +183,8 @@ def main() -> None:
     sys.stdout.write("workload    plan         predicted ms  measured ms  measured / predicted (all runs)\n")
     with tempfile.TemporaryDirectory() as folder:
         for workload in arguments.workloads:
-            found: dict[str, list[tuple[float, float]]] = {family: [] for family in CASES[workload][1]}
+            families = [family for family in CASES[workload][1] if family in (arguments.plans or CASES[workload][1])]
+            found: dict[str, list[tuple[float, float]]] = {family: [] for family in families}
             for _ in range(arguments.repeats):
                 for family, results in found.items():
                     results.append(run(workload, family, folder))
