@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from lightning_pipebd.block_jobs import BlockJobs
 from lightning_pipebd.cost_tables import MeasurementCache
 from lightning_pipebd.first_batch import FirstBatch, only_loader, peek
 from lightning_pipebd.lightning_internals import request_train_loader
@@ -34,7 +35,6 @@ from lightning_pipebd.runtime.profiler import BlockParts, BlockProfile, measured
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
-from lightning_pipebd.session import BlockJobs
 
 __all__ = ["Bench", "Machine", "block_traits", "count_batch_rows", "find_cluster", "measure_module"]
 

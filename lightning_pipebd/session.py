@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_pipebd.block_jobs import BlockJobs
 from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data import HeaderLoader, RowLoader, TrainLoader, header_loader
@@ -39,7 +39,7 @@ from lightning_pipebd.runtime.transport import Lane, ProcessGroupTransport, Tran
 from lightning_pipebd.scaling import BlockScalers
 from lightning_pipebd.step_report import StepReport
 
-__all__ = ["BlockJobs", "TrainingSession", "plan_edges"]
+__all__ = ["TrainingSession", "plan_edges"]
 
 
 def plan_edges(plan: Plan, target_blocks: frozenset[int] = frozenset()) -> list[tuple[int, int]]:
@@ -93,6 +93,7 @@ class TrainingSession:
         self._loader_epoch = -1
         self._norms: SynchronisedNorms | None = None
         self._step_report: StepReport | None = None
+        self._observers: list[Callable[[Span], None]] = []
         self._is_abandoned = False
         self._is_open = False
 
@@ -137,14 +138,27 @@ class TrainingSession:
         self._trainer = trainer
         self._is_open = True
 
-    def observe(self, observer: Callable[[Span], None] | None) -> None:
-        """Have every action of this rank told to somebody."""
-        self._executor.observer = observer
+    def observe(self, observer: Callable[[Span], None]) -> Callable[[], None]:
+        """Have every action of this rank told to somebody; give what ends that."""
+        self._observers.append(observer)
+        self._executor.observer = self._tell
+
+        def end() -> None:
+            self._observers.remove(observer)
+            self._executor.observer = self._tell if self._observers else None
+
+        return end
+
+    def _tell(self, span: Span) -> None:
+        for observer in self._observers:
+            observer(span)
 
     def report(self, outlook: Outlook | None) -> None:
         """Log after the first epoch how the steps' time compares with what was foreseen."""
         if outlook is not None:
-            self._step_report = StepReport(outlook, self._transport)
+            # On a GPU an action is over when it was begun: its time says nothing.
+            listen = self.observe if self._strategy.root_device.type == "cpu" else None
+            self._step_report = StepReport(outlook, self._transport, listen)
             add_callback(self._trainer, self._step_report)
 
     @property
@@ -353,42 +367,3 @@ class TrainingSession:
                 raise ValueError(msg)
             loaded[TARGETS] = RowTree(rows, targets, leading_row_leaves(targets, rows.num_rows))
         return loaded
-
-
-class BlockJobs:
-    """The module's blocks under the trainer's precision, as the executor wants them.
-
-    Args:
-        module: Teacher, student and losses.
-        plugin: The trainer's precision plugin.
-        scalers: Scales of the losses; `None` scales nothing.
-    """
-
-    def __init__(
-        self, module: BlockwiseDistillationModule, plugin: Precision, scalers: BlockScalers | None = None
-    ) -> None:
-        self._module = module
-        self._plugin = plugin
-        self._scalers = scalers
-        self.optimizer: Optimizer | None = None
-        self.batch_idx = 0
-        self.num_accumulated = 1
-
-    def teach(self, block: int, boundary: Any) -> Any:
-        """Give the next boundary."""
-        with self._plugin.train_step_context():
-            return self._module.teach(block, boundary)
-
-    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
-        """Add the gradients of some rows' part of the batch's mean loss; give that part, detached."""
-        is_part = rows.num_rows < num_rows
-        first_row = rows.start if is_part else 0
-        with self._plugin.train_step_context():
-            loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
-        if is_part:
-            loss = loss * (rows.num_rows / num_rows)
-        scaled = loss / self.num_accumulated
-        if self._scalers is not None:
-            scaled = self._scalers.scale(block, scaled)
-        self._plugin.backward(scaled, self._module, self.optimizer)
-        return loss.detach()

@@ -76,7 +76,7 @@ class Timeline(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to this rank's actions."""
-        _session(trainer).observe(self._note)
+        self._end_listening = _session(trainer).observe(self._note)
         self._events, self._step = [], 0
 
     @override
@@ -97,9 +97,8 @@ class Timeline(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """**Collective** over all ranks: bring all ranks' actions together, and write them."""
-        session = _session(trainer)
-        session.observe(None)
-        ranks = session.gather([tuple(event) for event in self._events])
+        self._end_listening()
+        ranks = _session(trainer).gather([tuple(event) for event in self._events])
         if not trainer.is_global_zero:
             return
         events = [[_Event(*event) for event in own] for own in ranks]

@@ -35,6 +35,7 @@ class Outlook:
         cluster: The ranks.
         max_in_flight: Steps by which a rank may run ahead.
         choice: The planner's choice; `None` for a plan that was given.
+        exactness_wanted: What the planner was told; see :func:`find_plan`.
     """
 
     plan: Plan
@@ -42,6 +43,7 @@ class Outlook:
     cluster: Cluster
     max_in_flight: int = 2
     choice: PlanChoice | None = None
+    exactness_wanted: Exactness | str | None = None
 
     @classmethod
     def find(
@@ -59,7 +61,12 @@ class Outlook:
         """
         choice = measurement.find_plan(cluster, exactness=exactness, max_in_flight=max_in_flight)
         return cls(
-            plan=choice.plan, measurement=measurement, cluster=cluster, max_in_flight=max_in_flight, choice=choice
+            plan=choice.plan,
+            measurement=measurement,
+            cluster=cluster,
+            max_in_flight=max_in_flight,
+            choice=choice,
+            exactness_wanted=exactness,
         )
 
     @cached_property

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Plan, Timeline
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Plan, Timeline, format_plan, parse_plan
 from lightning_pipebd.planning.measurement import Measurement
 from tests.helpers.ranks import RankError
 from tests.helpers.scenarios import Both, MakeTrainer, on_both, under_plan
@@ -118,16 +121,24 @@ def test_the_student_of_a_found_plan_is_that_of_one_process(name: str, fits: dic
         assert all(torch.equal(value, rank["student"][key]) for rank in ranks)
 
 
-def explained(make_trainer: MakeTrainer, folder: str) -> dict[str, Any]:
+@contextmanager
+def heard() -> Iterator[list[str]]:
+    """What the trainer's user would read."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addHandler(handler)
     logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
+    yield lines
+    logger.removeHandler(handler)
+
+
+def explained(make_trainer: MakeTrainer, folder: str) -> dict[str, Any]:
     timeline = Timeline(f"{folder}/timeline.json", first_step=2, num_steps=3, plot=f"{folder}/timeline.svg")
-    trainer = make_trainer(max_epochs=1, callbacks=[timeline])
-    trainer.fit(SlowModule(), loader(40))
+    with heard() as lines:
+        trainer = make_trainer(max_epochs=1, callbacks=[timeline])
+        trainer.fit(SlowModule(), loader(40))
     return {"lines": "\n".join(lines), "outlook": trainer.strategy.outlook}
 
 
@@ -144,6 +155,28 @@ def test_a_found_plan_is_explained_and_compared_and_drawn(tmp_path: Path) -> Non
     plan = zero["outlook"].plan
     assert learned == {(rank, f"block={block}") for block in range(3) for rank in plan.student_ranks(block)}
     assert (tmp_path / "timeline.svg").read_text().count("rank 1") >= 2
+
+
+def wrong_costs() -> PipeBDStrategy:
+    costs = constant_costs([(20, 1), (20, 1), (20, 80)])
+    return PipeBDStrategy(costs=Measurement(costs=costs, num_rows=4), exactness="bitwise")
+
+
+def drifting(make_trainer: MakeTrainer) -> tuple[Any, str]:
+    with heard() as lines:
+        trainer = make_trainer(max_epochs=1)
+        trainer.fit(SlowModule(), loader(48))
+    return trainer.strategy.plan, "\n".join(lines)
+
+
+def test_a_drift_is_told_and_a_better_plan_is_offered() -> None:
+    (plan, text), (_, silence) = under_plan(drifting, plan=wrong_costs)
+    assert format_plan(plan) == "0-1,T2|S2"
+    assert "That is more than 25 % off." in text
+    offered = re.search(r"another plan would take .* from a checkpoint with `plan=\"(.*)\"`", text)
+    assert offered is not None
+    assert parse_plan(offered[1]).num_ranks == 2
+    assert "another plan" not in silence
 
 
 def given_costs() -> PipeBDStrategy:
