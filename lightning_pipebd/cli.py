@@ -16,6 +16,7 @@ COMMANDS = {
     "check": "look at a configuration without training, or suggest a block map for two models",
     "plan": "measure a module, and find the plan with the smallest step time",
     "simulate": "predict what a plan takes on devices that one does not have",
+    "trace": "record what every rank does, for trace viewers and as a picture",
     "verify": "train a few steps in one process and under the plan, and compare block by block",
     "rate": "rate the candidates of every place, and choose within a number of parameters",
     "export": "write the plain student of a checkpoint",

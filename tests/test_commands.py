@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_pipebd import Candidates
 from lightning_pipebd.cli import COMMANDS, main
 from lightning_pipebd.commands.compare import compare_runs
+from lightning_pipebd.commands.trace import summarise
 from tests.helpers.toy import make_loader, make_module
 
 PLAN = {"class_path": "lightning_pipebd.PipeBDStrategy", "init_args": {"plan": "0-1|2-3"}}
@@ -252,6 +253,39 @@ class TestCheck:
         with pytest.raises(SystemExit, match="2"):
             main(["check"])
         assert "give --config, or --teacher, --student and --input" in capsys.readouterr().err
+
+
+def span(rank: int, step: int, name: str, start_ms: float, duration_ms: float) -> dict[str, Any]:
+    event = {"ph": "X", "name": name, "cat": name.split()[0], "pid": rank, "args": {"step": step}}
+    return {**event, "ts": start_ms * 1000, "dur": duration_ms * 1000}
+
+
+class TestTrace:
+    def test_time_per_step_and_rank_is_summed_up(self) -> None:
+        first = [span(0, step, "TEACH block=0 rows=0:8", 10 * step, 4) for step in (3, 4, 5)]
+        second = [span(1, step, "LEARN block=1 rows=0:8", 12 * step, 9) for step in (3, 4, 5)]
+        summary = summarise({"traceEvents": [{"ph": "M"}, *first, *second]})
+        assert (summary["steps"], summary["slowest_job"]) == (3, "LEARN block=1")
+        assert summary["step_time_ms"] == pytest.approx(12)
+        assert summary["ranks"][0]["teach"] == pytest.approx(4)
+        assert summary["ranks"][1]["learn"] == pytest.approx(9)
+        assert summary["ranks"][1]["teach"] == 0
+
+    @pytest.mark.spawn
+    def test_all_ranks_are_recorded(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("PYTHONPATH", os.getcwd())
+        output = tmp_path / "timeline.json"
+        command = ["trace", "--config", write_configuration(tmp_path), "--steps", "9", "--output", str(output)]
+        assert main(command) == 0
+        text = capsys.readouterr().out
+        assert "over 3 steps" in text
+        assert "rank 1" in text
+        names = {
+            (event["pid"], event["cat"]) for event in json.loads(output.read_text())["traceEvents"] if "cat" in event
+        }
+        assert {(0, "LOAD"), (0, "SEND"), (0, "LEARN"), (1, "RECV"), (1, "TEACH"), (1, "UPDATE")} <= names
 
 
 @pytest.mark.spawn
