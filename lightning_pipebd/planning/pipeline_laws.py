@@ -28,8 +28,9 @@ def check_pipeline_laws(plan: PipelinePlan, programs: Sequence[PipelineProgram],
 
     Raises:
         LawError: The first broken law, with rank and action: "one program per rank", "work where the plan says", "each
-            micro-batch once", "a receive for each send", "a send for each receive", "nothing before its input",
-            "updated once, after backward", "the teacher follows after the update", "no cycle of waits".
+            micro-batch once", "one batch after the other", "a receive for each send", "a send for each receive",
+            "nothing before its input", "updated once, after backward", "the teacher follows after the update", "no
+            cycle of waits".
     """
     _check_programs(plan, programs, step)
     _check_work(plan, programs, step)
@@ -66,9 +67,14 @@ def _check_work(plan: PipelinePlan, programs: Sequence[PipelineProgram], step: P
         wanted["TEACH", block, True] = (rank, following)
     done: dict[_Thing, list[Rows]] = {}
     for program in programs:
+        has_begun_next = False
         for position, action in enumerate(program.actions):
             if action.kind not in _WORK:
                 continue
+            if action.kind is PipelineKind.TEACH and not action.is_next and has_begun_next:
+                found = "the rank has taught of the next batch before, for which a momentum teacher moves on"
+                raise LawError("one batch after the other", program.rank, position, action, found)
+            has_begun_next |= action.kind is PipelineKind.TEACH and action.is_next
             thing = (action.kind.value, action.index, action.is_next)
             rank, _ = wanted.get(thing, (-1, own))
             if rank != program.rank:

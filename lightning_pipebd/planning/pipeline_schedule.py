@@ -25,8 +25,8 @@ __all__ = ["Durations", "Phase", "Schedule", "StepKind", "Task", "schedule_tasks
 _NUM_STEADY_STEPS = 6
 
 # Micro-batches under way beyond the stages to come, in "1f1b". While a rank teaches it answers late, and with nothing
-# to spare its neighbours would wait for it: 8 equal stages whose teacher takes four times the student's forward are busy
-# for 93 % of the time with 0 of them, for 96 % with 1 and always with 2.
+# to spare its neighbours would wait for it: 8 equal stages whose teacher takes four times the student's forward are
+# busy for 93 % of the time with 0 of them, for 96 % with 1 and always with 2.
 _NUM_SPARE = 2
 
 
@@ -240,6 +240,9 @@ class _Clock:
         step = self.ranks[number].step
         phase, stage, unit = queue.phase, queue.stage, queue.unit
         if phase is Phase.TEACH:
+            # A momentum teacher moves on between two batches, so a rank is done with one before it begins the next.
+            if queue.is_next and self._is_teaching(number):
+                return float("inf")
             return self._when((Phase.TEACH, stage - 1, unit, step + queue.is_next)) if stage else 0.0
         if phase is Phase.WEIGHT:
             return self._when((Phase.BACKWARD, stage, unit, step))
