@@ -241,6 +241,11 @@ class BlockwiseDistillationModule(DistillationModule):
         self._log_losses({block: loss.detach() for block, loss in enumerate(losses)}, total.detach(), num_rows)
         return {"loss": total}
 
+    def metrics(self, losses: Mapping[int, Any]) -> dict[str, Any]:
+        """Name the blocks' losses as they are logged, and add their sum."""
+        values = {self.block_key(block): loss for block, loss in sorted(losses.items())}
+        return {**values, "train/loss": sum(losses.values())}
+
     def _log_losses(self, losses: dict[int, Tensor], total: Tensor, num_rows: int) -> None:
         values = {self.block_key(block): loss for block, loss in losses.items()} | {"train/loss": total}
         self.log_dict(values, prog_bar=True, on_step=True, on_epoch=False, batch_size=num_rows)
