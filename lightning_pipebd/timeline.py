@@ -147,7 +147,7 @@ def _session(trainer: Trainer) -> TrainingSession:
         )
     if strategy.session is None:
         raise TypeError(
-            "`Timeline` must watch a BlockwiseDistillationModule, but a whole student is trained. Leave the callback out."
+            "`Timeline` must watch a BlockwiseDistillationModule, but a whole student is trained. Leave it out."
         )
     return strategy.session
 

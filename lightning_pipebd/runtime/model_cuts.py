@@ -78,11 +78,10 @@ def cut_models(
             teacher_cuts, student_cuts = [path for path, _ in paths], [path for _, path in paths]
         student_cuts = list(student_cuts or [""])
         teacher_model = copy.deepcopy(student) if teacher is None else teacher
-        cuts = ModelCuts(
-            teacher_model=teacher_model,
-            teacher=_cut_whole(teacher_model, list(teacher_cuts or student_cuts), "teacher"),
-            student=_cut_whole(student, student_cuts, "student"),
-        )
+        # The student first: its paths may have been given for both.
+        student_partition = _cut_whole(student, student_cuts, "student")
+        teacher_partition = _cut_whole(teacher_model, list(teacher_cuts or student_cuts), "teacher")
+        cuts = ModelCuts(teacher_model=teacher_model, teacher=teacher_partition, student=student_partition)
     check_ties(student, cuts.student, "student")
     _check_separate(cuts.teacher_model, student)
     return cuts
