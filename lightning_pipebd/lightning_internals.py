@@ -31,6 +31,7 @@ __all__ = [
     "StagedBatch",
     "StagedBatchModule",
     "add_callback",
+    "before_transfer",
     "is_logging_step",
     "logging_step",
     "remove_callback",
@@ -212,6 +213,12 @@ def silence_sigterm_broadcast(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     if hasattr(loop, _SIGTERM_BROADCAST):
         setattr(loop, _SIGTERM_BROADCAST, lambda: None)
+
+
+def before_transfer(module: LightningModule, batch: Any) -> Any:
+    """Do to a batch what Lightning's training loop does before it asks the strategy to move it."""
+    batch = module.trainer.precision_plugin.convert_input(batch)
+    return module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
 def seed_workers(loader: object, position: int) -> None:

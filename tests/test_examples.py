@@ -58,3 +58,23 @@ def test_the_digits_config_trains_from_the_command_line_where_no_teacher_is_kept
     _run([*command, *limits, "--trainer.default_root_dir", str(tmp_path)], tmp_path / "cache")
     assert (tmp_path / "cache" / "digits_teacher_1_epochs.pt").exists()
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
+
+
+def test_distilling_logits_gives_the_same_student_in_one_process_and_in_two(tmp_path: Path) -> None:
+    one, two = (
+        _run(["examples/distill_logits.py", *arguments], tmp_path).splitlines()[-2:]
+        for arguments in ([], ["pipebd", "2"])
+    )
+    assert [re.sub(r"[\d.]+%", "", line) for line in one] == [
+        "teacher    38,922 parameters",
+        "student    1,626 parameters",
+    ]
+    assert one == two
+
+
+def test_byol_learns_the_same_features_in_one_process_and_in_two(tmp_path: Path) -> None:
+    one, two = (
+        _run(["examples/byol.py", "1", *arguments], tmp_path).splitlines()[-1] for arguments in ([], ["pipebd", "2"])
+    )
+    assert re.fullmatch(r"delay 1  linear probe \d+\.\d%  loss \d\.\d+  momentum 0\.9\d+", one)
+    assert one == two
