@@ -33,19 +33,33 @@ LOST_MS = 0.25
 
 
 class Theme(NamedTuple):
-    """Colours that can be read on a page: text, then for two batches that follow each other teacher and student."""
+    """Colours that can be read on a page; those of jobs come in pairs, for batches that follow each other."""
 
     text: str
     grid: str
     teacher: tuple[str, str]
     student: tuple[str, str]
-    on_teacher: str
-    on_student: str
+    on_teacher: tuple[str, str]
+    on_student: tuple[str, str]
 
 
 THEMES = {
-    "light": Theme("#1b1f24", "#d5d9de", ("#2f6fb3", "#7fa9d6"), ("#e08a1e", "#f2bf7d"), "#ffffff", "#1b1f24"),
-    "dark": Theme("#d7dbe0", "#454b54", ("#3f7fc4", "#2c5785"), ("#e39a3b", "#9c6a26"), "#ffffff", "#14171a"),
+    "light": Theme(
+        text="#1b1f24",
+        grid="#d5d9de",
+        teacher=("#2f6fb3", "#9dc0e4"),
+        student=("#e08a1e", "#f2bf7d"),
+        on_teacher=("#ffffff", "#1b1f24"),
+        on_student=("#1b1f24", "#1b1f24"),
+    ),
+    "dark": Theme(
+        text="#d7dbe0",
+        grid="#454b54",
+        teacher=("#3f7fc4", "#264d78"),
+        student=("#e39a3b", "#80551c"),
+        on_teacher=("#ffffff", "#ffffff"),
+        on_student=("#14171a", "#ffffff"),
+    ),
 }
 
 
@@ -94,11 +108,11 @@ def show(axes: Axes, bars: Iterable[Bar], num_ranks: int, until_ms: float, title
         if bar.start_ms >= until_ms:
             continue
         width = min(bar.stop_ms, until_ms) - bar.start_ms
-        shades = theme.teacher if bar.is_teacher else theme.student
-        axes.barh(bar.rank, width, left=bar.start_ms, height=0.78, color=shades[bar.batch % 2], linewidth=0)
+        shade = (theme.teacher if bar.is_teacher else theme.student)[bar.batch % 2]
+        axes.barh(bar.rank, width, left=bar.start_ms, height=0.78, color=shade, linewidth=0)
         axes.plot([bar.start_ms] * 2, [bar.rank - 0.39, bar.rank + 0.39], color=theme.grid, linewidth=0.8)
         if width >= until_ms / 42:
-            colour = theme.on_teacher if bar.is_teacher else theme.on_student
+            colour = (theme.on_teacher if bar.is_teacher else theme.on_student)[bar.batch % 2]
             name = f"{'T' if bar.is_teacher else 'S'}{bar.block}"
             axes.text(bar.start_ms + width / 2, bar.rank, name, ha="center", va="center", color=colour, fontsize=9)
     axes.set_xlim(0, until_ms)
