@@ -104,13 +104,12 @@ def _bar(span: TimelineSpan) -> Bar:
 
 def show(axes: Axes, bars: Iterable[Bar], num_ranks: int, until_ms: float, title: str, theme: Theme) -> None:
     """Draw one line per rank."""
-    for bar in bars:
-        if bar.start_ms >= until_ms:
-            continue
-        width = min(bar.stop_ms, until_ms) - bar.start_ms
-        shade = (theme.teacher if bar.is_teacher else theme.student)[bar.batch % 2]
-        axes.barh(bar.rank, width, left=bar.start_ms, height=0.78, color=shade, linewidth=0)
-        axes.plot([bar.start_ms] * 2, [bar.rank - 0.39, bar.rank + 0.39], color=theme.grid, linewidth=0.8)
+    shown = [bar for bar in bars if bar.start_ms < until_ms]
+    widths = [min(bar.stop_ms, until_ms) - bar.start_ms for bar in shown]
+    shades = [(theme.teacher if bar.is_teacher else theme.student)[bar.batch % 2] for bar in shown]
+    ranks, starts = [bar.rank for bar in shown], [bar.start_ms for bar in shown]
+    axes.barh(ranks, widths, left=starts, height=0.78, color=shades, edgecolor=theme.grid, linewidth=0.8)
+    for bar, width in zip(shown, widths, strict=True):
         if width >= until_ms / 42:
             colour = (theme.on_teacher if bar.is_teacher else theme.on_student)[bar.batch % 2]
             name = f"{'T' if bar.is_teacher else 'S'}{bar.block}"
