@@ -1,7 +1,6 @@
-"""Distil a small student from a trained teacher on handwritten digits, block by block.
+"""Distil a small student from a trained teacher on handwritten digits, block by block, over two CPU processes.
 
-python examples/minimal.py                over two CPU processes
-python examples/minimal.py --devices 1    in one process: the same student, bit for bit
+``python examples/minimal.py --devices 1`` does it in one: the same student, up to the order of sums.
 """
 
 from argparse import ArgumentParser

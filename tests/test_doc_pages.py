@@ -22,7 +22,6 @@ _PICTURE = re.compile(r"^```\{picture\} (?P<name>\w+)\n(?P<options>(?::.+\n)*)",
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    pytest.importorskip("matplotlib", reason="the extra `docs` draws the pictures")
     spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
