@@ -14,8 +14,8 @@ Joined, the blocks add up their errors, and their BatchNorm has seen the teacher
 fine-tuned as a whole for two epochs, as one does after blockwise distillation; beside it stands the same network that
 was trained as long from its random weights.
 
-The run ends with the accuracies on held-out digits. ``RESNET_EPOCHS=1`` makes a short run, ``RESNET_CACHE`` names
-another folder for the teacher.
+The run ends with the accuracies on held-out digits. ``RESNET_EPOCHS=1 RESNET_IMAGES=200`` makes a short run,
+``RESNET_CACHE`` names another folder for the teacher.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from lightning_pipebd import BlockwiseDistillationModule
 
 CACHE = Path(os.environ.get("RESNET_CACHE", Path(__file__).parent / ".cache"))
 EPOCHS = int(os.environ.get("RESNET_EPOCHS", "8"))
+NUM_IMAGES = int(os.environ.get("RESNET_IMAGES", "1797"))
 TEACHER_EPOCHS, TUNING_EPOCHS = min(EPOCHS, 5), min(EPOCHS, 2)
 
 # Same height and width on both sides: 8, 4 and 2 pixels for an image of 32, then the classes.
@@ -51,7 +52,7 @@ class Digits(LightningDataModule):
     """1,797 images; every fifth is held out."""
 
     def setup(self, stage: str) -> None:
-        pixels, labels = load_digits(return_X_y=True)
+        pixels, labels = (array[:NUM_IMAGES] for array in load_digits(return_X_y=True))
         small = torch.from_numpy(pixels).float().view(-1, 1, 8, 8) / 16
         images, targets = F.interpolate(small, scale_factor=4).repeat(1, 3, 1, 1), torch.from_numpy(labels).long()
         is_held_out = torch.arange(len(targets)) % 5 == 0

@@ -20,7 +20,13 @@ _LINE = re.compile(r"(teacher|student, [^%]+?) +(\d+\.\d)% +([\d,]+)(?: +\d+\.\d
 
 
 def _run(arguments: list[str], cache: Path) -> str:
-    short = {"DIGITS_EPOCHS": "1", "LINEAR_ATTENTION_STEPS": "4", "RESNET_EPOCHS": "1", "OMP_NUM_THREADS": "1"}
+    short = {
+        "DIGITS_EPOCHS": "1",
+        "LINEAR_ATTENTION_STEPS": "4",
+        "RESNET_EPOCHS": "1",
+        "RESNET_IMAGES": "200",
+        "OMP_NUM_THREADS": "1",
+    }
     caches = {f"{example}_CACHE": str(cache) for example in ("DIGITS", "LINEAR_ATTENTION", "RESNET")}
     finished = subprocess.run(
         [sys.executable, *arguments],
