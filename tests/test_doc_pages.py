@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +42,27 @@ def test_every_page_is_listed_once_in_the_table_of_contents() -> None:
     bodies = [match["body"] for match in _TOCTREE.finditer((DOCS / "index.md").read_text(encoding="utf-8"))]
     listed = [line for body in bodies for line in body.splitlines() if line and not line.startswith(":")]
     assert sorted([*listed, "index"]) == PAGES
+
+
+@pytest.mark.spawn
+@pytest.mark.slow
+def test_the_tutorial_s_files_pass_the_command_that_it_shows(tmp_path: Path) -> None:
+    text = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    (module,), (configuration,) = (
+        re.findall(rf"^```{kind}\n(.*?)^```$", text, re.M | re.S) for kind in ("python", "yaml")
+    )
+    (tmp_path / "mine.py").write_text(module)
+    (tmp_path / "mine.yaml").write_text(configuration)
+    finished = subprocess.run(
+        [sys.executable, "-m", "lightning_pipebd", "check", "--config", "mine.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(DOCS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert f"```text\n{finished.stdout}```" in text
 
 
 def test_pages_show_every_picture_and_say_what_is_on_it(figures: ModuleType) -> None:
