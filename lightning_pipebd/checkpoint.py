@@ -7,6 +7,7 @@ checkpoint has the layout that plain Lightning writes on one device: the plan le
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
-__all__ = ["PrunedOptimizer", "hand_over", "synchronise"]
+__all__ = ["PrunedOptimizer", "hand_over", "synchronise", "synchronise_module"]
 
 
 class PrunedOptimizer:
@@ -142,6 +144,20 @@ def synchronise(transport: Transport, tensors: Sequence[tuple[str, Tensor]]) -> 
     ]
     hand_over(transport, [([tensors[index][1] for index in different], 0)] if different else [])
     return [tensors[index][0] for index in different]
+
+
+def synchronise_module(transport: Transport, module: BlockwiseDistillationModule) -> None:
+    """**Collective** over all ranks: where seed, teacher or module differ between ranks, take rank 0's."""
+    module.random_seed = transport.all_gather_object(module.random_seed)[0]
+    teacher = [(f"teacher.{name}", value) for name, value in module.teacher.state_dict(keep_vars=True).items()]
+    own = list(module.state_dict(keep_vars=True).items())
+    tensors = [(name, value) for name, value in [*teacher, *own] if isinstance(value, Tensor)]
+    if any(name.startswith("teacher.") for name in synchronise(transport, tensors)):
+        warnings.warn(
+            "The ranks had built different teachers; all took rank 0's. Load its weights from a file, or call "
+            "`seed_everything` first.",
+            stacklevel=3,
+        )
 
 
 def _fingerprint(tensor: Tensor) -> bytes:

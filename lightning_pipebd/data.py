@@ -195,6 +195,7 @@ class TrainLoader:
         self._mailbox = mailbox
         self._seeded_peers = seeded_peers
         self.loaded: deque[Loaded] = deque()
+        self.observe: Callable[[Iterator[Any]], Iterator[Any]] = iter
 
     def __len__(self) -> int:
         return len(self._row_loader)
@@ -206,7 +207,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self.loaded.clear()
-        return self._announce(self._begin_epoch())
+        return self.observe(self._announce(self._begin_epoch()))
 
     def _announce(self, batches: Iterator[Loaded]) -> Iterator[Any]:
         for loaded in batches:
@@ -249,6 +250,7 @@ class HeaderLoader:
         self._mailbox = mailbox
         self._length = _sized_length(loader)
         self.loaded: deque[Loaded] = deque()
+        self.observe: Callable[[Iterator[Any]], Iterator[Any]] = iter
 
     def __len__(self) -> int:
         if self._length is None:
@@ -262,6 +264,9 @@ class HeaderLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[BatchHeader]:
+        return self.observe(self._take_headers())
+
+    def _take_headers(self) -> Iterator[BatchHeader]:
         self.loaded.clear()
         _await_epoch(self._mailbox)
         while (fields := self._mailbox.get().fields)[0] != _END:

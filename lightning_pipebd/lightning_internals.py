@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from datetime import timedelta
+from subprocess import Popen
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPLETE",
+    "LAUNCHER",
     "ProcessGroupStrategy",
     "StagedBatch",
     "StagedBatchModule",
     "add_callback",
     "is_logging_step",
+    "launched_processes",
     "logging_step",
     "remove_callback",
     "seed_workers",
@@ -39,6 +43,9 @@ __all__ = [
     "user_callbacks",
     "validates_by_time",
 ]
+
+LAUNCHER = "LIGHTNING_PIPEBD_LAUNCHER"
+"""Environment variable: the process that launched this one, where that is a rank itself."""
 
 _SIGTERM_BROADCAST = "_broadcast_sigterm_tensor"
 _POSITION_OF_SYNC_DIST = 6
@@ -85,6 +92,15 @@ class _PreflightLauncher(_SubprocessScriptLauncher):
         assert strategy.cluster_environment is not None
         super().__init__(strategy.cluster_environment, strategy.num_processes, strategy.num_nodes)
         self._strategy = strategy
+
+    @override
+    def _call_children_scripts(self) -> None:
+        # They cannot tell otherwise whether their parent is the process of rank 0 or a tool that started all ranks.
+        os.environ[LAUNCHER] = str(os.getpid())
+        try:
+            super()._call_children_scripts()
+        finally:
+            del os.environ[LAUNCHER]
 
     @override
     def launch(
@@ -186,6 +202,12 @@ class ProcessGroupStrategy(ParallelStrategy):
     def layer_sync(self) -> bool:
         """Whether the user asked for ``Trainer(sync_batchnorm=True)``."""
         return self._layer_sync is not None
+
+
+def launched_processes(strategy: ProcessGroupStrategy) -> list[Popen[bytes]]:
+    """Give the processes that this one has launched."""
+    launcher = strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
 
 
 def silence_sigterm_broadcast(trainer: Trainer) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from math import lcm
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data import HeaderLoader, RowLoader, TrainLoader, header_loader
+from lightning_pipebd.lifeline import start_watcher
 from lightning_pipebd.lightning_internals import (
     ProcessGroupStrategy,
     add_callback,
@@ -31,9 +34,11 @@ from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
 from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
+from lightning_pipebd.runtime.progress import Progress
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Lane, ProcessGroupTransport, Transport
+from lightning_pipebd.runtime.watcher import Watcher
 from lightning_pipebd.scaling import BlockScalers
 
 __all__ = ["TrainingSession", "plan_edges"]
@@ -64,6 +69,10 @@ class TrainingSession:
         transport: Reaches the other ranks.
         strategy: Whose precision plugin and device are used.
         max_in_flight: Steps by which a rank may run ahead.
+        time_limits: Times without progress after which the run ends: in steps (``None``: any), and elsewhere.
+
+    Attributes:
+        progress: Where this rank stands.
     """
 
     def __init__(
@@ -74,8 +83,12 @@ class TrainingSession:
         strategy: ProcessGroupStrategy,
         *,
         max_in_flight: int,
+        time_limits: tuple[timedelta | None, timedelta],
     ) -> None:
         self.num_steps = 0
+        self.progress = Progress()
+        self._time_limits = time_limits
+        self._watcher: Watcher | None = None
         self._module = module
         self._plan = plan
         self._transport = transport
@@ -131,12 +144,23 @@ class TrainingSession:
             cuts_rows=self._plan.has_split_students or self._plan.has_split_teachers,
         )
         self._trainer = trainer
+        self._watcher = start_watcher(
+            self._strategy,
+            transport,
+            self.progress,
+            self._executor,
+            self._plan,
+            self._module.target_blocks,
+            self._time_limits,
+        )
         self._is_open = True
 
     def close(self) -> None:
         """Finish all exchanges; every rank must do so after the same step."""
         if self._is_open:
             self._is_open = False
+            if self._watcher is not None:
+                self._watcher.close()
             self._relay.close()
             if self._outbox is not None:
                 self._outbox.close()
@@ -144,15 +168,17 @@ class TrainingSession:
                 self._mailbox.close()
             self._metrics.close()
 
-    def abandon(self) -> None:
-        """This rank ends with an error: wait for nobody any more."""
+    def abandon(self, error: BaseException) -> str:
+        """This rank ends with an error: wait for nobody any more; gives the report of what is known of the run."""
         self._is_abandoned = True
+        report = self._watcher.fail(error) if self._watcher is not None else ""
         if self._is_open:
             self._is_open = False
             self._relay.abandon()
             self._metrics.abandon()
             if self._outbox is not None:
                 self._outbox.abandon()
+        return report
 
     def end(self) -> None:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
@@ -250,6 +276,7 @@ class TrainingSession:
         if self._rank not in ranks:
             assert self._mailbox is not None
             self._train_loader = header_loader(loader, self._mailbox)
+            self._train_loader.observe = partial(self.progress.loading, waits_for=(ranks[0],))
             return self._train_loader
         position = ranks.index(self._rank)
         seed_workers(loader, position)
@@ -260,6 +287,7 @@ class TrainingSession:
             mailbox=self._mailbox,
             seeded_peers=tuple(ranks[1:]),
         )
+        self._train_loader.observe = self.progress.loading
         return self._train_loader
 
     # Steps.
@@ -283,7 +311,8 @@ class TrainingSession:
         program = self._program(num_rows, update=update)
         self._jobs.optimizer, self._jobs.batch_idx = optimizer, batch_idx
         self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
-        losses = self._executor.run(program, self.num_steps, {} if rows.is_empty else self._load(batch, rows))
+        with self.progress.program(self.num_steps, num_rows, is_update=update):
+            losses = self._executor.run(program, self.num_steps, {} if rows.is_empty else self._load(batch, rows))
         self.num_steps += 1
         if update:
             self.scalers.unscale()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,11 +18,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise
+from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise_module
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
+from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
 from lightning_pipebd.lightning_internals import COMPLETE, ProcessGroupStrategy, seed_workers, silence_sigterm_broadcast
-from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.explain import explain_plan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.plans import resolve_plan
@@ -59,12 +58,16 @@ class PipeBDStrategy(ProcessGroupStrategy):
         max_in_flight: Steps of boundaries that wait at the receiver, and as many under way to it, at least 1: a rank
             runs ahead of its receiver by up to twice that. More hides more jitter and holds more activations.
         process_group_backend: Backend of the default process group; ``None`` takes NCCL on GPUs and gloo elsewhere.
-        timeout: Time after which a collective operation (validation, checkpoint, a shared block's reduction) fails.
+        timeout: Time after which a collective operation (validation, checkpoint, a shared block's reduction) fails,
+            and after which hooks, evaluation and saving count as stalled.
+        stall_timeout: Time without progress in training after which a rank counts as stalled and the run ends with a
+            report; slow steps lengthen it to ten times the slowest of the last hundred. ``None`` waits for ever.
+        start_timeout: Time in which all processes must have started.
         kwargs: Accelerator, plugins and environment, as Lightning passes them.
 
     Raises:
         PlanError: At ``fit``, before other processes start: the plan does not fit the module or the devices.
-        ValueError: ``max_in_flight`` is below 1; or at ``fit``, a trainer setting cannot work.
+        ValueError: ``max_in_flight`` is below 1, a time is not above 0; or at ``fit``, a trainer setting cannot work.
     """
 
     def __init__(
@@ -74,11 +77,17 @@ class PipeBDStrategy(ProcessGroupStrategy):
         max_in_flight: int = 2,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        stall_timeout: timedelta | None = timedelta(minutes=2),
+        start_timeout: timedelta = timedelta(minutes=10),
         **kwargs: Any,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, **kwargs)
         if max_in_flight < 1:
             raise ValueError(f"`max_in_flight` must be at least 1, but is {max_in_flight}. Use the default of 2.")
+        check_time_limit("stall_timeout", stall_timeout)
+        check_time_limit("start_timeout", start_timeout)
+        self._time_limits = (stall_timeout, timeout)
+        self._start_timeout = start_timeout
         self._given_plan = plan
         self._max_in_flight = max_in_flight
         self._transport: ProcessGroupTransport | None = None
@@ -113,6 +122,11 @@ class PipeBDStrategy(ProcessGroupStrategy):
         check_trainer(trainer, module, self.plan)
 
     @override
+    def setup_environment(self) -> None:
+        with start_limit(self, self._start_timeout):
+            super().setup_environment()
+
+    @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
@@ -130,13 +144,20 @@ class PipeBDStrategy(ProcessGroupStrategy):
             timeout=self._timeout,
             share_device=len(set(self.parallel_devices or ())) < self.num_processes,
         )
-        self._synchronise(module)
+        synchronise_module(self._transport, module)
         if plan is None:
             self.model_to_device()
             self.setup_precision_plugin()
             return
         check_callbacks(trainer)
-        self._session = TrainingSession(module, plan, self._transport, self, max_in_flight=self._max_in_flight)
+        self._session = TrainingSession(
+            module,
+            plan,
+            self._transport,
+            self,
+            max_in_flight=self._max_in_flight,
+            time_limits=self._time_limits,
+        )
         if self.layer_sync:
             self._session.synchronise_batch_norm(self._transport)
         self._session.place_blocks()
@@ -150,20 +171,6 @@ class PipeBDStrategy(ProcessGroupStrategy):
         warn_of_statistics(plan, module, is_synchronised=is_synchronised)
         traits = module.block_pairs.traits(module.example_input_array, is_synchronised=is_synchronised)
         rank_zero_info(explain_plan(plan, traits, target_blocks=module.target_blocks))
-
-    def _synchronise(self, module: BlockwiseDistillationModule) -> None:
-        assert self._transport is not None
-        module.random_seed = self._transport.all_gather_object(module.random_seed)[0]
-        teacher = [(f"teacher.{name}", value) for name, value in module.teacher.state_dict(keep_vars=True).items()]
-        own = list(module.state_dict(keep_vars=True).items())
-        tensors = [(name, value) for name, value in [*teacher, *own] if isinstance(value, Tensor)]
-        different = synchronise(self._transport, tensors)
-        if any(name.startswith("teacher.") for name in different):
-            warnings.warn(
-                "The ranks had built different teachers; all took rank 0's. Load its weights from a file, or call "
-                "`seed_everything` first.",
-                stacklevel=2,
-            )
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -305,6 +312,8 @@ class PipeBDStrategy(ProcessGroupStrategy):
     @contextmanager
     def _evaluation_step(self, dataloader_idx: int = 0) -> Generator[None, None, None]:
         self._is_in_evaluation_step = True
+        if self._session is not None:
+            self._session.progress.mark("evaluating")
         try:
             with self._complete_values.step(require_module(self.lightning_module), dataloader_idx):
                 yield
@@ -357,6 +366,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
         """**Collective** over all ranks: complete the checkpoint, and write it on rank 0."""
         if self._session is not None:
+            self._session.progress.mark("saving a checkpoint")
             self._session.scalers.save(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
@@ -369,7 +379,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
     @override
     def on_exception(self, exception: BaseException) -> None:
         if self._session is not None:
-            self._session.abandon()
+            report_failure(exception, self._session.abandon(exception))
 
     @override
     def teardown(self) -> None:
@@ -377,6 +387,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         if self._session is not None:
             self._session.end()
         self._share_logs(False)
+        tie_to_launcher(is_tied=False)
         super().teardown()
 
 

@@ -24,7 +24,15 @@ NAMES = [
 ]
 
 PARAMETERS = {
-    PipeBDStrategy: ["plan=None", "*, max_in_flight=2", "process_group_backend=None", "timeout=0:30:00", "**kwargs"],
+    PipeBDStrategy: [
+        "plan=None",
+        "*, max_in_flight=2",
+        "process_group_backend=None",
+        "timeout=0:30:00",
+        "stall_timeout=0:02:00",
+        "start_timeout=0:10:00",
+        "**kwargs",
+    ],
     BlockwiseDistillationModule: [
         "teacher",
         "student",
