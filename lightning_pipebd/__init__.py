@@ -1,5 +1,6 @@
 """Pipelined blockwise distillation for PyTorch Lightning: ``Trainer(strategy="pipebd", devices=4)``."""
 
+from lightning_pipebd.checkpoint_io import CheckedCheckpointIO, CheckpointError
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import format_plan, parse_plan
@@ -10,6 +11,8 @@ from lightning_pipebd.strategy import PipeBDStrategy
 __all__ = [
     "BlockwiseDistillationModule",
     "CallableBlock",
+    "CheckedCheckpointIO",
+    "CheckpointError",
     "PartitionError",
     "PipeBDStrategy",
     "Plan",

@@ -110,6 +110,7 @@ class _PreflightLauncher(_SubprocessScriptLauncher):
         trainer: Trainer | None = None,
         **kwargs: Any,
     ) -> Any:
+        self._strategy.resumes_last = any(isinstance(value, str) and value == "last" for value in args)
         if trainer is not None:
             self._strategy.preflight(trainer)
         return super().launch(function, *args, trainer=trainer, **kwargs)
@@ -124,6 +125,9 @@ class ProcessGroupStrategy(ParallelStrategy):
         process_group_backend: Backend of the default group; ``None`` takes NCCL on GPUs and gloo elsewhere.
         timeout: Time after which a collective operation fails.
         kwargs: See :class:`~lightning.pytorch.strategies.ParallelStrategy`.
+
+    Attributes:
+        resumes_last: Whether the trainer was called with ``ckpt_path="last"``.
     """
 
     def __init__(
@@ -135,6 +139,7 @@ class ProcessGroupStrategy(ParallelStrategy):
     ) -> None:
         super().__init__(**kwargs)
         self.num_nodes = 1
+        self.resumes_last = False
         self._process_group_backend = process_group_backend
         self._timeout = timeout
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
 from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise_module
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
-from lightning_pipebd.lightning_internals import COMPLETE, ProcessGroupStrategy, seed_workers, silence_sigterm_broadcast
+from lightning_pipebd.lightning_internals import COMPLETE, seed_workers, silence_sigterm_broadcast
 from lightning_pipebd.planning.explain import explain_plan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.plans import resolve_plan
@@ -40,7 +41,7 @@ from lightning_pipebd.session import TrainingSession, plan_edges
 __all__ = ["PipeBDStrategy"]
 
 
-class PipeBDStrategy(ProcessGroupStrategy):
+class PipeBDStrategy(CheckedCheckpoints):
     """Train the blocks of a :class:`~lightning_pipebd.BlockwiseDistillationModule` on several devices at once.
 
     .. code-block:: python

@@ -13,6 +13,8 @@ from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
 NAMES = [
     "BlockwiseDistillationModule",
     "CallableBlock",
+    "CheckedCheckpointIO",
+    "CheckpointError",
     "PartitionError",
     "PipeBDStrategy",
     "Plan",
