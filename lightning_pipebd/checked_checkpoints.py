@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_pipebd.checkpoint_io import CheckedCheckpointIO, choose_intact
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy
+from lightning_pipebd.data import POSITION
+from lightning_pipebd.data_position import DataPosition
+from lightning_pipebd.lightning_internals import ProcessGroupStrategy, silence_resume_warning
 from lightning_pipebd.module import BlockwiseDistillationModule
 
 __all__ = ["CheckedCheckpoints", "find_differences"]
@@ -21,12 +23,16 @@ class CheckedCheckpoints(ProcessGroupStrategy):
     Args:
         kwargs: See :class:`~lightning_pipebd.lightning_internals.ProcessGroupStrategy`; without a ``checkpoint_io``,
             checkpoints are written and read by :class:`~lightning_pipebd.checkpoint_io.CheckedCheckpointIO`.
+
+    Attributes:
+        position: Where in the data the loaded checkpoint was written.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         if kwargs.get("checkpoint_io") is None:
             kwargs["checkpoint_io"] = CheckedCheckpointIO()
         super().__init__(**kwargs)
+        self.position: DataPosition | None = None
 
     @override
     def connect(self, model: Any) -> None:
@@ -40,7 +46,11 @@ class CheckedCheckpoints(ProcessGroupStrategy):
         if self.resumes_last:
             mine = choose_intact(checkpoint_path, self.checkpoint_io) if self.global_rank == 0 else None
             checkpoint_path = self.broadcast(mine)
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        checkpoint: dict[str, Any] = super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        if POSITION in checkpoint:
+            self.position = DataPosition.from_plain(checkpoint[POSITION])
+            silence_resume_warning()
+        return checkpoint
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from subprocess import Popen
@@ -39,6 +40,7 @@ __all__ = [
     "remove_callback",
     "seed_workers",
     "set_device",
+    "silence_resume_warning",
     "silence_sigterm_broadcast",
     "user_callbacks",
     "validates_by_time",
@@ -224,6 +226,11 @@ def silence_sigterm_broadcast(trainer: Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     if hasattr(loop, _SIGTERM_BROADCAST):
         setattr(loop, _SIGTERM_BROADCAST, lambda: None)
+
+
+def silence_resume_warning() -> None:
+    """Have Lightning not warn of loaders that cannot go on in the middle of an epoch: under the strategy, they can."""
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 
 
 def seed_workers(loader: object, position: int) -> None:

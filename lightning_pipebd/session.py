@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
-from lightning_pipebd.data import HeaderLoader, RowLoader, TrainLoader, header_loader
+from lightning_pipebd.data import HeaderLoader, TrainLoader, header_loader, save_position
+from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.lifeline import start_watcher
 from lightning_pipebd.lightning_internals import (
     ProcessGroupStrategy,
@@ -30,6 +31,7 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.program import TARGETS, Kind, Program
+from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
 from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.gradients import GradientReducer
@@ -73,6 +75,7 @@ class TrainingSession:
 
     Attributes:
         progress: Where this rank stands.
+        resumed: Where in the data a resumed run goes on.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class TrainingSession:
     ) -> None:
         self.num_steps = 0
         self.progress = Progress()
+        self.resumed: DataPosition | None = None
         self._time_limits = time_limits
         self._watcher: Watcher | None = None
         self._module = module
@@ -288,7 +292,14 @@ class TrainingSession:
             seeded_peers=tuple(ranks[1:]),
         )
         self._train_loader.observe = self.progress.loading
+        self._train_loader.resumed, self.resumed = self.resumed, None
         return self._train_loader
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
+        self.scalers.save(checkpoint)
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        save_position(checkpoint, self._train_loader, progress, self._transport, self._plan.loading_ranks[0])
 
     # Steps.
 

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
 from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise_module
-from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_loader
+from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
 from lightning_pipebd.lightning_internals import COMPLETE, seed_workers, silence_sigterm_broadcast
@@ -35,6 +35,7 @@ from lightning_pipebd.preflight import (
     require_module,
     warn_of_statistics,
 )
+from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession, plan_edges
 
@@ -159,6 +160,7 @@ class PipeBDStrategy(CheckedCheckpoints):
             max_in_flight=self._max_in_flight,
             time_limits=self._time_limits,
         )
+        self._session.resumed, self.position = self.position, None
         if self.layer_sync:
             self._session.synchronise_batch_norm(self._transport)
         self._session.place_blocks()
@@ -368,7 +370,7 @@ class PipeBDStrategy(CheckedCheckpoints):
         """**Collective** over all ranks: complete the checkpoint, and write it on rank 0."""
         if self._session is not None:
             self._session.progress.mark("saving a checkpoint")
-            self._session.scalers.save(checkpoint)
+            self._session.save(checkpoint)
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def _pruned(self, optimizer: Optimizer) -> PrunedOptimizer:
