@@ -131,7 +131,7 @@ class TrainLoader:
             state = torch.frombuffer(bytearray(pickle.dumps((random_states(), self._at_start.own))), dtype=torch.uint8)
             self._outbox.post(Message((_EPOCH, num_skipped, 0, 0), state), self._seeded_peers)
         loading = self._row_loader.load(num_skipped)
-        if resumed is not None:
+        if resumed is not None and resumed.now is not None:
             resumed.now.restore(generators)
         return loading
 
@@ -143,7 +143,7 @@ class TrainLoader:
         """Say where the run stands after some batches of the epoch, ``None`` for all; nothing before its first one."""
         now = RandomMoment.now(self._row_loader.generators)
         if num_batches is None:
-            return DataPosition(0, now, now)
+            return DataPosition(0, now, None)
         return None if self._at_start is None else DataPosition(num_batches, self._at_start, now)
 
     def _begin_as_peer(self, mailbox: Mailbox) -> Iterator[Loaded]:

@@ -48,18 +48,20 @@ class DataPosition(NamedTuple):
     Args:
         num_batches: Batches of the epoch that were trained.
         at_start: The random states with which the epoch's order was drawn.
-        now: The random states after these batches.
+        now: The random states after these batches; ``None`` if the epoch has not begun.
     """
 
     num_batches: int
     at_start: RandomMoment
-    now: RandomMoment
+    now: RandomMoment | None
 
     def to_plain(self) -> dict[str, Any]:
         """Give plain data for a checkpoint."""
-        return {"num_batches": self.num_batches, "at_start": list(self.at_start), "now": list(self.now)}
+        now = None if self.now is None else list(self.now)
+        return {"num_batches": self.num_batches, "at_start": list(self.at_start), "now": now}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> DataPosition:
         """Read back what :meth:`to_plain` gave."""
-        return cls(data["num_batches"], RandomMoment(*data["at_start"]), RandomMoment(*data["now"]))
+        now = None if data["now"] is None else RandomMoment(*data["now"])
+        return cls(data["num_batches"], RandomMoment(*data["at_start"]), now)

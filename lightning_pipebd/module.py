@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_pipebd.lightning_internals import StagedBatchModule
 from lightning_pipebd.losses import BLOCK_LOSSES
+from lightning_pipebd.nonfinite import FiniteGuard
 from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
 from lightning_pipebd.runtime.partition import call_block
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
@@ -60,6 +61,9 @@ class BlockwiseDistillationModule(StagedBatchModule):
         block_losses: Per student path (or block index), ``"mse"``, ``"soft_cross_entropy"``, ``"kl"`` or a function
             of the student's and the teacher's output. Blocks not named use the mean squared error. A loss must be a
             mean over rows.
+        on_nonfinite: What follows when a block's gradient is not finite: ``"raise"`` ends the run, ``"skip"`` leaves
+            out the block's update of this step, ``"stop_block"`` lets the block stay as it is from then on. The other
+            blocks never notice. The block, the step and what was not finite are named in any case.
         example_input: An input of the teacher, of any batch size, to check all shapes with; without it they are
             checked when the first batch arrives (or, under ``strategy="pipebd"``, with ``example_input_array``).
 
@@ -88,6 +92,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
         input_adapters: Mapping[str | int, nn.Module] | None = None,
         target_blocks: Sequence[str | int] = (),
         block_losses: Mapping[str | int, str | Callable[[Any, Any], Tensor]] | None = None,
+        on_nonfinite: str = "raise",
         example_input: Any = None,
     ) -> None:
         super().__init__()
@@ -106,6 +111,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
         self._losses = {
             block: _resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
         }
+        self.finite_guard = FiniteGuard(on_nonfinite)
         self._modifies_input: dict[tuple[str, int], bool] = {}
         self._random_seed: int | None = None
         if example_input is not None:
@@ -212,6 +218,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
             batch_idx: Index of the batch in the epoch.
             first_row: Row of the batch at which the boundary starts; every part draws other numbers.
         """
+        self.finite_guard.before_block(block, self.block_buffers(block))
         coordinates = (self.trainer.current_epoch, batch_idx, block, first_row)
         with random_stream(stream_key(self.random_seed, *coordinates), self.device):
             if f"input_{block}" in self.adapters:
@@ -220,7 +227,9 @@ class BlockwiseDistillationModule(StagedBatchModule):
             if f"output_{block}" in self.adapters:
                 output = self.adapters[f"output_{block}"](output)
             wanted = targets if block in self.target_blocks else None
-            return self.block_loss(block, output, teacher_output, wanted)
+            loss = self.block_loss(block, output, teacher_output, wanted)
+        self.finite_guard.note_loss(block, loss)
+        return loss
 
     @property
     def random_seed(self) -> int:
@@ -278,7 +287,15 @@ class BlockwiseDistillationModule(StagedBatchModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each block's gradients by themselves: no block's update depends on another block."""
+        """Clip each block's gradients by themselves: no block's update depends on another block.
+
+        Gradients that are not finite are found here, too (``on_nonfinite``).
+        """
+        # A loss scaler, where plain Lightning has one, looks for itself, and skips the step.
+        if self.finite_guard.has_losses and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            for block in range(self.num_blocks):
+                name, buffers = self.block_pairs.names[block], self.block_buffers(block)
+                self.finite_guard.check(block, name, self.block_parameters(block), buffers, self.trainer.global_step)
         if not gradient_clip_val:
             return
         for block in range(self.num_blocks):
@@ -294,11 +311,14 @@ class BlockwiseDistillationModule(StagedBatchModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the seed of the random streams, so that a resumed run draws what the first would have drawn."""
         checkpoint[_SEED_KEY] = self.random_seed
+        self.finite_guard.flush()
+        self.finite_guard.save(checkpoint, [self.finite_guard.stopped])
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up the seed of the run that wrote the checkpoint."""
         self._random_seed = checkpoint.get(_SEED_KEY, self._random_seed)
+        self.finite_guard.load(checkpoint)
 
     @override
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> BlockwiseDistillationModule:

@@ -298,6 +298,7 @@ class TrainingSession:
     def save(self, checkpoint: dict[str, Any]) -> None:
         """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
         self.scalers.save(checkpoint)
+        self._module.finite_guard.gather(checkpoint, self._transport)
         progress = self._trainer.fit_loop.epoch_loop.batch_progress
         save_position(checkpoint, self._train_loader, progress, self._transport, self._plan.loading_ranks[0])
 

@@ -45,6 +45,7 @@ PARAMETERS = {
         "input_adapters=None",
         "target_blocks=()",
         "block_losses=None",
+        "on_nonfinite=raise",
         "example_input=None",
     ],
 }
