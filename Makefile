@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check lint clean
+.PHONY: help venv demo test check lint faults clean
 
 help:
 	@echo "make demo    distil a small model over two CPU processes"
 	@echo "make test    lint, types and the whole test suite"
 	@echo "make check   lint, types and the fast tests"
+	@echo "make faults  everything that can fail, many times; writes the table of docs/failure.md (an hour)"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make venv    the environment that the others use, in $(VENV)"
 	@echo "make clean   remove everything that was built, the environment included"
@@ -37,6 +38,10 @@ check: lint
 
 test: lint
 	$(BIN)/python -m pytest
+
+faults: venv
+	NUM_CORRUPTIONS=500 $(BIN)/python -m pytest tests/test_checkpoint_io.py -k corrupted
+	OMP_NUM_THREADS=1 $(BIN)/python -m faults
 
 clean:
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs *.egg-info

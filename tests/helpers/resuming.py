@@ -46,6 +46,7 @@ class Leg:
         every: Steps between two checkpoints.
         kill_at: Step after which a rank is killed; ``None`` trains to the end.
         kill_rank: That rank.
+        kills_all: Whether all ranks are killed with it.
     """
 
     plan: str | None
@@ -55,15 +56,24 @@ class Leg:
     every: int = 3
     kill_at: int | None = None
     kill_rank: int = 0
+    kills_all: bool = False
 
 
 class Killer(Callback):
     def __init__(self, leg: Leg) -> None:
         self.leg = leg
+        self.pids = [os.getpid()]
+
+    def on_train_start(self, trainer: Trainer, pl_module: object) -> None:
+        if self.leg.kills_all and self.leg.num_ranks > 1:
+            everyone: list[Any] = [None] * self.leg.num_ranks
+            torch.distributed.all_gather_object(everyone, os.getpid())
+            self.pids = sorted(everyone, key=lambda pid: pid == os.getpid())
 
     def on_train_batch_end(self, trainer: Trainer, *args: object) -> None:
         if trainer.global_step == self.leg.kill_at and trainer.global_rank == self.leg.kill_rank:
-            os.kill(os.getpid(), signal.SIGKILL)
+            for pid in self.pids:
+                os.kill(pid, signal.SIGKILL)
 
 
 def run_leg(leg: Leg, directory: Path, *, timeout: float = 100.0) -> dict[str, Any] | None:
