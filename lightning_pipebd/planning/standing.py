@@ -28,6 +28,7 @@ class Standing:
         bound_s: Seconds without progress at this place after which it counts as stalled.
         failure: What ended the rank, or the run; empty while it runs.
         blames: The rank that this happened to, when `failure` is set.
+        is_stall: Whether nothing was raised anywhere, when `failure` is set.
         is_done: Whether it has finished its part in peace.
     """
 
@@ -45,14 +46,16 @@ class Standing:
     bound_s: float = 0.0
     failure: str = ""
     blames: int = -1
+    is_stall: bool = False
     is_done: bool = False
 
 
 class Culprit(NamedTuple):
-    """Why a run ends: the rank that holds it up, and what is wrong with it."""
+    """Why a run ends: the rank that holds it up, what is wrong with it, and whether it stalled, or failed."""
 
     rank: int
     reason: str
+    is_stall: bool = True
 
 
 def find_culprit(
@@ -73,13 +76,13 @@ def find_culprit(
         >>> one = Standing(0, waits_for=(1,), idle_s=31.0, bound_s=30.0)
         >>> two = Standing(1, place="LEARN 2 0:8", idle_s=32.0, bound_s=30.0)
         >>> find_culprit(0, {0: one, 1: two}, {1: 0.5}, 30.0)
-        Culprit(rank=1, reason='has made no progress for 32.0 s')
+        Culprit(rank=1, reason='has made no progress for 32.0 s', is_stall=True)
     """
     others = [standing for peer, standing in sorted(standings.items()) if peer != rank and not standing.is_done]
     failed = [standing for standing in others if standing.failure]
     if failed:
         first = min(failed, key=lambda standing: standing.blames != standing.rank)
-        return Culprit(first.blames, first.failure)
+        return Culprit(first.blames, first.failure, first.is_stall)
     for standing in others:
         if silent_s.get(standing.rank, 0.0) > silence_bound_s:
             return Culprit(standing.rank, f"has not been heard of for {silent_s[standing.rank]:.1f} s")

@@ -31,6 +31,8 @@ __all__ = ["Bounds", "Watcher"]
 _TICK_S = 0.5
 _NUM_REPEATS = 3
 _LATE_NEWS_S = 0.5
+_NUM_MISSED = 3
+_GONE = "has closed its connections without a word; was it killed?"
 _WARM_UP_FACTOR = 5
 _SLOWEST_FACTOR = 10
 
@@ -120,26 +122,32 @@ class Watcher:
         If another rank has failed before, that rank is the one that the others are told of.
         """
         culprit = self._blame(error)
-        self._leave(replace(self._stand(), failure=culprit.reason, blames=culprit.rank))
+        self._leave(self._last_words(culprit))
         return self._report(culprit)
 
     def _blame(self, error: BaseException) -> Culprit:
         # What another rank said before it closed its connections may be a little later than the closing.
-        deadline = time.monotonic() + (_LATE_NEWS_S if isinstance(error, RuntimeError) else 0.0)
+        is_wire = isinstance(error, (RelayError, TransportError))
+        patience_s = 2 * _NUM_MISSED * _TICK_S if is_wire else _LATE_NEWS_S if isinstance(error, RuntimeError) else 0.0
+        deadline = time.monotonic() + patience_s
         while True:
             with self._lock:
                 self._hear()
                 culprit = self._find_culprit()
             if culprit is not None and culprit.rank != self._rank:
                 return culprit
+            # A rank that was killed is the one that says nothing any more.
+            silent = [rank for rank, silent_s in self._silent_s().items() if silent_s > _NUM_MISSED * _TICK_S]
+            if is_wire and silent:
+                return Culprit(silent[0], _GONE, is_stall=False)
             if time.monotonic() > deadline:
                 break
-            time.sleep(_LATE_NEWS_S / 10)
+            time.sleep(_TICK_S / 10)
         own = self._standings[self._rank]
-        if isinstance(error, (RelayError, TransportError)) and own.waits_for:
-            return Culprit(own.waits_for[0], "has closed its connections without a word; was it killed?")
+        if is_wire and own.waits_for:
+            return Culprit(own.waits_for[0], _GONE, is_stall=False)
         lines = [line for line in str(error).splitlines() if line]
-        return Culprit(self._rank, f"failed: {type(error).__name__}: {lines[0] if lines else ''}")
+        return Culprit(self._rank, f"failed: {type(error).__name__}: {lines[0] if lines else ''}", is_stall=False)
 
     def _leave(self, standing: Standing) -> None:
         is_first = not self._closing.is_set()
@@ -182,14 +190,14 @@ class Watcher:
         return {
             rank: self._clock_s - self._heard_at[rank] if rank in self._heard_at else idle_s
             for rank in self._standings
-            if rank != self._rank
+            if rank != self._rank and not self._standings[rank].is_done
         }
 
     def _training_bound(self) -> float:
         return self._bounds.while_training(self._progress.num_steps, self._progress.slowest_s)
 
     def _is_due(self, culprit: Culprit) -> bool:
-        if not any(standing.failure for standing in self._standings.values()):
+        if culprit.is_stall:
             return True
         # Somebody has said why the run ends. The main thread will notice, and end with its own traceback; if it can.
         self._failed_at = self._clock_s if self._failed_at is None else self._failed_at
@@ -223,12 +231,14 @@ class Watcher:
             frame = sys._current_frames().get(self._main)
             stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
             report = f"Rank {self._rank} is stuck here (most recent call last):\n{stack}{report}"
-        standing = replace(self._stand(), failure=culprit.reason, blames=culprit.rank)
         for _ in range(_NUM_REPEATS):
-            self._heartbeats.send(standing)
+            self._heartbeats.send(self._last_words(culprit))
         sys.stderr.write(f"{report}\n")
         sys.stderr.flush()
         self._end(culprit.rank)
+
+    def _last_words(self, culprit: Culprit) -> Standing:
+        return replace(self._stand(), failure=culprit.reason, blames=culprit.rank, is_stall=culprit.is_stall)
 
     def _report(self, culprit: Culprit) -> str:
         standing = self._standings.get(culprit.rank, Standing(culprit.rank))
