@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, format_plan
+from lightning_pipebd.planning.plan_text import has_text_form
 
 CACHE = Path(os.environ.get("DIGITS_CACHE", Path(__file__).parent / ".cache"))
 EPOCHS = int(os.environ.get("DIGITS_EPOCHS", "14"))
@@ -221,12 +222,12 @@ def distil(strategy: str, devices: int, report: str) -> None:
     )
     trainer.fit(module, DigitsData(batch_size))
     if trainer.is_global_zero:
-        plan = format_plan(trainer.strategy.plan) if isinstance(trainer.strategy, PipeBDStrategy) else "-"
+        plan = trainer.strategy.plan if isinstance(trainer.strategy, PipeBDStrategy) else None
         seconds = sorted(times.seconds[1:] or times.seconds)
         result = {
             "accuracy": trainer.callback_metrics["val_acc"].item(),
             "epoch_s": seconds[len(seconds) // 2],
-            "plan": plan,
+            "plan": format_plan(plan) if plan is not None and has_text_form(plan) else "-",
             "parameters": sum(parameter.numel() for parameter in module.student.parameters()),
         }
         Path(report).write_text(json.dumps(result))

@@ -5,18 +5,22 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import format_plan, parse_plan
 from lightning_pipebd.plans import load_plan, save_plan
+from lightning_pipebd.runtime.candidates import Candidates
 from lightning_pipebd.runtime.partition import CallableBlock, PartitionError
 from lightning_pipebd.strategy import PipeBDStrategy
+from lightning_pipebd.timeline import Timeline
 
 __all__ = [
     "BlockwiseDistillationModule",
     "CallableBlock",
+    "Candidates",
     "CheckedCheckpointIO",
     "CheckpointError",
     "PartitionError",
     "PipeBDStrategy",
     "Plan",
     "PlanError",
+    "Timeline",
     "format_plan",
     "load_plan",
     "parse_plan",

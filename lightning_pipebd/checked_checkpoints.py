@@ -1,4 +1,4 @@
-"""How the strategy loads checkpoints: verified, the newest intact file, with blocks named that do not fit."""
+"""The strategy's checkpoints: complete, verified, the newest intact one, with blocks named that do not fit."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over
 from lightning_pipebd.checkpoint_io import CheckedCheckpointIO, choose_intact
 from lightning_pipebd.data import POSITION
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy, silence_resume_warning
 from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.runtime.transport import ProcessGroupTransport
+from lightning_pipebd.session import TrainingSession
 
 __all__ = ["CheckedCheckpoints", "find_differences"]
 
 
 class CheckedCheckpoints(ProcessGroupStrategy):
-    """The part of the strategy that reads checkpoint files.
+    """The part of the strategy that puts checkpoints together and takes them apart.
 
     Args:
         kwargs: See :class:`~lightning_pipebd.lightning_internals.ProcessGroupStrategy`; without a ``checkpoint_io``,
@@ -33,6 +37,9 @@ class CheckedCheckpoints(ProcessGroupStrategy):
             kwargs["checkpoint_io"] = CheckedCheckpointIO()
         super().__init__(**kwargs)
         self.position: DataPosition | None = None
+        self._transport: ProcessGroupTransport | None = None
+        self._session: TrainingSession | None = None
+        self._handed_over_at = -1
 
     @override
     def connect(self, model: Any) -> None:
@@ -66,6 +73,46 @@ class CheckedCheckpoints(ProcessGroupStrategy):
             differences = find_differences(self.lightning_module, checkpoint["state_dict"])
             msg = f"The checkpoint must be of this model, but differs in {'; '.join(differences)}. Use its model."
             raise ValueError(msg) from error
+
+    def _assemble_student(self) -> None:
+        """**Collective** over all ranks: give every rank the present weights of all blocks."""
+        assert self._session is not None
+        assert self._transport is not None
+        if self._session.num_steps != self._handed_over_at:
+            hand_over(self._transport, self._session.owned_tensors())
+            self._handed_over_at = self._session.num_steps
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """**Collective** over all ranks: give the module's state with all blocks up to date."""
+        if self._session is not None:
+            self._assemble_student()
+        return super().lightning_module_state_dict()
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """**Collective** over all ranks: give the optimizer's state as one device would; complete on rank 0 only."""
+        assert self._transport is not None
+        return self._pruned(optimizer).state(self._transport)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            self._pruned(optimizer).load(state)
+        assert self._session is not None
+        self._session.scalers.load(checkpoint)
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        """**Collective** over all ranks: complete the checkpoint, and write it on rank 0."""
+        if self._session is not None:
+            self._session.progress.mark("saving a checkpoint")
+            self._session.save(checkpoint)
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def _pruned(self, optimizer: Optimizer) -> PrunedOptimizer:
+        assert self._session is not None
+        return self._session.pruned_optimizer(optimizer)
 
 
 def find_differences(module: BlockwiseDistillationModule, state: Mapping[str, Any]) -> list[str]:

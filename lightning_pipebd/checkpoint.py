@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
-__all__ = ["PrunedOptimizer", "hand_over", "synchronise", "synchronise_module"]
+__all__ = ["PrunedOptimizer", "hand_over", "synchronise", "synchronise_models"]
 
 
 class PrunedOptimizer:
@@ -116,6 +116,21 @@ def hand_over(transport: Transport, tensors_and_owners: Iterable[tuple[Sequence[
                         tensor.copy_(part.view_as(tensor))
 
 
+def synchronise_models(transport: Transport, module: BlockwiseDistillationModule) -> None:
+    """**Collective** over all ranks: give every rank rank 0's models and seed; warns if teachers differed."""
+    module.random_seed = transport.all_gather_object(module.random_seed)[0]
+    teacher = [(f"teacher.{name}", value) for name, value in module.teacher.state_dict(keep_vars=True).items()]
+    own = list(module.state_dict(keep_vars=True).items())
+    tensors = [(name, value) for name, value in [*teacher, *own] if isinstance(value, Tensor)]
+    different = synchronise(transport, tensors)
+    if any(name.startswith("teacher.") for name in different):
+        warnings.warn(
+            "The ranks had built different teachers; all took rank 0's. Load its weights from a file, or call "
+            "`seed_everything` first.",
+            stacklevel=2,
+        )
+
+
 def synchronise(transport: Transport, tensors: Sequence[tuple[str, Tensor]]) -> list[str]:
     """**Collective** over all ranks: where tensors differ between ranks, take rank 0's.
 
@@ -144,20 +159,6 @@ def synchronise(transport: Transport, tensors: Sequence[tuple[str, Tensor]]) -> 
     ]
     hand_over(transport, [([tensors[index][1] for index in different], 0)] if different else [])
     return [tensors[index][0] for index in different]
-
-
-def synchronise_module(transport: Transport, module: BlockwiseDistillationModule) -> None:
-    """**Collective** over all ranks: where seed, teacher or module differ between ranks, take rank 0's."""
-    module.random_seed = transport.all_gather_object(module.random_seed)[0]
-    teacher = [(f"teacher.{name}", value) for name, value in module.teacher.state_dict(keep_vars=True).items()]
-    own = list(module.state_dict(keep_vars=True).items())
-    tensors = [(name, value) for name, value in [*teacher, *own] if isinstance(value, Tensor)]
-    if any(name.startswith("teacher.") for name in synchronise(transport, tensors)):
-        warnings.warn(
-            "The ranks had built different teachers; all took rank 0's. Load its weights from a file, or call "
-            "`seed_everything` first.",
-            stacklevel=3,
-        )
 
 
 def _fingerprint(tensor: Tensor) -> bytes:

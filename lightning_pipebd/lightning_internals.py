@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from subprocess import Popen
 from typing import TYPE_CHECKING, Any
@@ -38,12 +39,14 @@ __all__ = [
     "launched_processes",
     "logging_step",
     "remove_callback",
+    "request_train_loader",
     "seed_workers",
     "set_device",
     "silence_resume_warning",
     "silence_sigterm_broadcast",
     "user_callbacks",
     "validates_by_time",
+    "without_train_loader",
 ]
 
 LAUNCHER = "LIGHTNING_PIPEBD_LAUNCHER"
@@ -71,9 +74,21 @@ class StagedBatchModule(LightningModule):
 
     shares_logs: bool = False
     sees_whole_batch: bool = False
+    _is_measured: bool = False
+
+    @contextmanager
+    def not_logging(self) -> Iterator[None]:
+        """Log nothing inside the context: no batch is trained there."""
+        self._is_measured = True
+        try:
+            yield
+        finally:
+            del self._is_measured
 
     @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if self._is_measured:
+            return
         if self.shares_logs and len(args) <= _POSITION_OF_SYNC_DIST:
             kwargs["sync_dist"] = True
             if self.sees_whole_batch:
@@ -263,6 +278,22 @@ def is_logging_step(trainer: Trainer) -> bool:
 def set_device(module: LightningModule, device: torch.device) -> None:
     """Let ``module.device`` tell where the blocks compute; some of its parameters may be elsewhere."""
     module._device = device
+
+
+def request_train_loader(trainer: Trainer) -> Any:
+    """Give what the user trains on; calls their ``train_dataloader`` hook, if that is where it comes from."""
+    return trainer.fit_loop._data_source.dataloader()
+
+
+@contextmanager
+def without_train_loader(trainer: Trainer) -> Iterator[None]:
+    """Forget afterwards which loader was set up inside the context, so that training sets up its own."""
+    loop = trainer.fit_loop
+    before = loop._combined_loader, loop._data_fetcher
+    try:
+        yield
+    finally:
+        loop._combined_loader, loop._data_fetcher = before
 
 
 def add_callback(trainer: Trainer, callback: Callback) -> None:

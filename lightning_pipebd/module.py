@@ -16,6 +16,7 @@ from lightning_pipebd.lightning_internals import StagedBatchModule
 from lightning_pipebd.losses import BLOCK_LOSSES
 from lightning_pipebd.nonfinite import FiniteGuard
 from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
+from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.partition import call_block
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
 from lightning_pipebd.runtime.row_trees import count_rows
@@ -126,8 +127,11 @@ class BlockwiseDistillationModule(StagedBatchModule):
         """Give the key under which a block's metric is logged, the same for every plan.
 
         Example:
-            ``train/block/03/loss``
+            ``train/block/03/loss``; ``train/block/features.3/candidate/1/loss`` where a block has candidates
         """
+        candidate = self.block_pairs.candidates[block]
+        if candidate is not None:
+            return f"train/block/{candidate.place}/candidate/{candidate.number}/{what}"
         return f"train/block/{block:0{max(2, len(str(self.num_blocks - 1)))}d}/{what}"
 
     def check_shapes(self, example_input: Any) -> None:
@@ -221,15 +225,36 @@ class BlockwiseDistillationModule(StagedBatchModule):
         self.finite_guard.before_block(block, self.block_buffers(block))
         coordinates = (self.trainer.current_epoch, batch_idx, block, first_row)
         with random_stream(stream_key(self.random_seed, *coordinates), self.device):
-            if f"input_{block}" in self.adapters:
-                boundary = self.adapters[f"input_{block}"](boundary)
-            output = self._call("student", block, boundary)
-            if f"output_{block}" in self.adapters:
-                output = self.adapters[f"output_{block}"](output)
-            wanted = targets if block in self.target_blocks else None
-            loss = self.block_loss(block, output, teacher_output, wanted)
+            loss = self._rate(block, boundary, teacher_output, targets)
         self.finite_guard.note_loss(block, loss)
         return loss
+
+    def rate_blocks(self, batch: Any) -> list[Tensor]:
+        """Give every block's loss on a batch, as it is in the mode that the module is in; trains nothing.
+
+        The whole student must be on this device, as in the user's validation or after a fit.
+
+        Args:
+            batch: What a loader yields.
+        """
+        boundary, targets = self.unpack_batch(batch)
+        losses = []
+        # With gradients, though none is used: by them a loss tells hidden states from masks.
+        with torch.enable_grad():
+            for block in range(self.num_blocks):
+                teacher_output = self.teach(block, boundary)
+                losses.append(self._rate(block, boundary, teacher_output, targets).detach())
+                boundary = teacher_output
+        return losses
+
+    def _rate(self, block: int, boundary: Any, teacher_output: Any, targets: Any) -> Tensor:
+        if f"input_{block}" in self.adapters:
+            boundary = self.adapters[f"input_{block}"](boundary)
+        output = self._call("student", block, boundary)
+        if f"output_{block}" in self.adapters:
+            output = self.adapters[f"output_{block}"](output)
+        wanted = targets if block in self.target_blocks else None
+        return self.block_loss(block, output, target_of(teacher_output), wanted)
 
     @property
     def random_seed(self) -> int:

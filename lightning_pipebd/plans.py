@@ -1,4 +1,4 @@
-"""Plans from what users write: text, YAML files, dictionaries, or nothing at all."""
+"""Plans from what users write: text, YAML files or dictionaries."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from typing import Any
 import yaml
 
 from lightning_pipebd.module import BlockwiseDistillationModule
-from lightning_pipebd.planning.balance import balanced_sizes
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import parse_plan
 
-__all__ = ["even_plan", "load_plan", "resolve_plan", "save_plan"]
+__all__ = ["load_plan", "resolve_plan", "save_plan"]
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -35,20 +34,17 @@ def save_plan(plan: Plan, path: str | Path) -> None:
     Path(path).write_text(yaml.safe_dump(plan.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def resolve_plan(plan: str | dict[str, Any] | Plan | None, module: BlockwiseDistillationModule, num_ranks: int) -> Plan:
+def resolve_plan(plan: str | dict[str, Any] | Plan, module: BlockwiseDistillationModule, num_ranks: int) -> Plan:
     """Make a plan for a module of what the user gave, and check that it fits the module and the ranks.
 
     Args:
-        plan: A :class:`Plan`; its text form; ``"joint"``; the path of a YAML file; its dictionary form; or ``None`` for
-            an even split.
+        plan: A :class:`Plan`; its text form; ``"joint"``; the path of a YAML file; or its dictionary form.
         module: Whose blocks are planned.
         num_ranks: Ranks of the run.
 
     Raises:
         PlanError: The plan is none, or is for another number of blocks or ranks.
     """
-    if plan is None:
-        return even_plan(module, num_ranks)
     if isinstance(plan, Plan):
         resolved = plan
     elif isinstance(plan, dict):
@@ -70,26 +66,6 @@ def resolve_plan(plan: str | dict[str, Any] | Plan | None, module: BlockwiseDist
             f"Set `devices={resolved.num_ranks}` (times `num_nodes`), or give another plan."
         )
     return resolved
-
-
-def even_plan(module: BlockwiseDistillationModule, num_ranks: int) -> Plan:
-    """Give consecutive blocks to each rank so that parameters and activations are spread evenly.
-
-    A guess from sizes alone: a student block's forward, backward and update count as three times its forward, and
-    activations count if the module has an ``example_input_array``. More ranks than blocks leaves ranks idle.
-    """
-    pairs = module.block_pairs
-    weights = []
-    for block in range(module.num_blocks):
-        teacher = sum(parameter.numel() for parameter in pairs.teacher_parameters[block])
-        student = sum(parameter.numel() for parameter in module.block_parameters(block))
-        weights.append(float(teacher + 3 * student))
-    activations = [float(size or 0) for size in pairs.boundary_bytes_per_row(module.example_input_array)]
-    total, total_activations = sum(weights) or 1.0, sum(activations) or 1.0
-    mixed = [
-        weight / total + activation / total_activations for weight, activation in zip(weights, activations, strict=True)
-    ]
-    return Plan.straight(balanced_sizes(mixed, num_ranks))
 
 
 def _from_dict(data: Any, where: str) -> Plan:

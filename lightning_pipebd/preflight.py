@@ -36,7 +36,7 @@ __all__ = [
     "warn_of_statistics",
 ]
 
-_STEP_KEYS = re.compile(r"train/loss|train/block/\d+/loss")
+_STEP_KEYS = re.compile(r"train/loss|train/block/(\d+|.+/candidate/\d+)/loss")
 _COUPLING_OPTIMIZERS = (torch.optim.LBFGS,)
 
 
@@ -55,8 +55,8 @@ def require_module(module: LightningModule | None) -> BlockwiseDistillationModul
     return module
 
 
-def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: Plan) -> None:
-    """Raise for settings that cannot work, warn of those that cost speed.
+def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: Plan | None) -> None:
+    """Raise for settings that cannot work, warn of those that cost speed; `None` is a plan yet to be found.
 
     Raises:
         TypeError: The module overrides ``training_step``.
@@ -86,7 +86,8 @@ def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: P
         )
         raise ValueError(msg)
     check_callbacks(trainer)
-    _check_batch_norm(trainer, module, plan)
+    if plan is not None:
+        _check_batch_norm(trainer, module, plan)
     if module.example_input_array is not None:
         module.check_shapes(module.example_input_array)
 

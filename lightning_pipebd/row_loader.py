@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.row_trees import count_rows
 
-__all__ = ["Loaded", "RowLoader"]
+__all__ = ["Loaded", "RowLoader", "has_batches_of_indices"]
 
 Interval = tuple[Fraction, Fraction]
 
@@ -74,8 +74,8 @@ class RowLoader:
             num_skipped: Batches at the start that are left out. Those of a map-style dataset are drawn by the sampler,
                 but not loaded.
         """
-        is_cut = not self.is_whole and _has_batches_of_indices(self._loader) and _collates_rows(self._loader)
-        if not is_cut and not (num_skipped and _has_batches_of_indices(self._loader)):
+        is_cut = not self.is_whole and has_batches_of_indices(self._loader)
+        if not is_cut and not (num_skipped and _draws_batches(self._loader)):
             batches = iter(self._loader)
             for _ in range(num_skipped):
                 next(batches, None)
@@ -169,17 +169,18 @@ class _RowSampler:
             yield Loaded(None, *self.dealt.popleft())
 
 
-def _has_batches_of_indices(loader: object) -> bool:
+def has_batches_of_indices(loader: object) -> bool:
+    """Tell whether a rank can ask the loader's dataset for its rows alone."""
+    # Another collate function may look at the whole batch (padding to its longest row): it gets whole batches.
+    return isinstance(loader, DataLoader) and _draws_batches(loader) and loader.collate_fn is default_collate
+
+
+def _draws_batches(loader: object) -> bool:
     return (
         isinstance(loader, DataLoader)
         and not isinstance(loader.dataset, IterableDataset)
         and loader.batch_sampler is not None
     )
-
-
-def _collates_rows(loader: Any) -> bool:
-    # Another collate function may look at the whole batch (padding to its longest row): it gets whole batches.
-    return loader.collate_fn is default_collate
 
 
 def _with_batch_sampler(loader: Any, sampler: Iterable[list[int]]) -> Any:

@@ -15,6 +15,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_pipebd.block_jobs import BlockJobs
 from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data import HeaderLoader, TrainLoader, header_loader, save_position
@@ -27,21 +28,23 @@ from lightning_pipebd.lightning_internals import (
     seed_workers,
     set_device,
 )
+from lightning_pipebd.loaded_boundaries import load_boundaries
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs
+from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan import Plan, Rows
-from lightning_pipebd.planning.program import TARGETS, Kind, Program
+from lightning_pipebd.planning.program import Kind, Program
 from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
-from lightning_pipebd.runtime.executor import Executor
+from lightning_pipebd.runtime.executor import Executor, Span
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.progress import Progress
 from lightning_pipebd.runtime.relay import Relay
-from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Lane, ProcessGroupTransport, Transport
 from lightning_pipebd.runtime.watcher import Watcher
 from lightning_pipebd.scaling import BlockScalers
+from lightning_pipebd.step_report import StepReport
 
 __all__ = ["TrainingSession", "plan_edges"]
 
@@ -106,6 +109,8 @@ class TrainingSession:
         self._train_loader: TrainLoader | HeaderLoader | None = None
         self._loader_epoch = -1
         self._norms: SynchronisedNorms | None = None
+        self._step_report: StepReport | None = None
+        self._observers: list[Callable[[Span], None]] = []
         self._is_abandoned = False
         self._is_open = False
 
@@ -140,7 +145,7 @@ class TrainingSession:
         add_callback(trainer, self._metrics)
         parameters = {block: self._module.block_parameters(block) for block in self._learned}
         self.scalers = BlockScalers(self._strategy.precision_plugin, parameters, self._strategy.root_device, transport)
-        self._jobs = _Jobs(self._module, self._strategy, self.scalers)
+        self._jobs = BlockJobs(self._module, self._strategy.precision_plugin, self.scalers)
         self._executor = Executor(
             self._jobs,
             self._relay,
@@ -158,6 +163,38 @@ class TrainingSession:
             self._time_limits,
         )
         self._is_open = True
+
+    def observe(self, observer: Callable[[Span], None]) -> Callable[[], None]:
+        """Have every action of this rank told to somebody; give what ends that."""
+        self._observers.append(observer)
+        self._executor.observer = self._tell
+
+        def end() -> None:
+            self._observers.remove(observer)
+            self._executor.observer = self._tell if self._observers else None
+
+        return end
+
+    def _tell(self, span: Span) -> None:
+        for observer in self._observers:
+            observer(span)
+
+    def report(self, outlook: Outlook | None) -> None:
+        """Log after the first epoch how the steps' time compares with what was foreseen."""
+        if outlook is not None:
+            # On a GPU an action is over when it was begun: its time says nothing.
+            listen = self.observe if self._strategy.root_device.type == "cpu" else None
+            self._step_report = StepReport(outlook, self._transport, listen)
+            add_callback(self._trainer, self._step_report)
+
+    @property
+    def step_time_ms(self) -> float | None:
+        """Measured time of a step; ``None`` before the end of the first epoch, or if nothing was foreseen."""
+        return self._step_report.step_time_ms if self._step_report is not None else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """**Collective** over all ranks: give every rank's value, in rank order."""
+        return self._transport.all_gather_object(value)
 
     def close(self) -> None:
         """Finish all exchanges; every rank must do so after the same step."""
@@ -188,6 +225,8 @@ class TrainingSession:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
         if hasattr(self, "_metrics"):
             remove_callback(self._trainer, self._metrics)
+            if self._step_report is not None:
+                remove_callback(self._trainer, self._step_report)
             self.scalers.restore()
         if self._norms is not None:
             self._norms.restore()
@@ -324,7 +363,8 @@ class TrainingSession:
         self._jobs.optimizer, self._jobs.batch_idx = optimizer, batch_idx
         self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
         with self.progress.program(self.num_steps, num_rows, is_update=update):
-            losses = self._executor.run(program, self.num_steps, {} if rows.is_empty else self._load(batch, rows))
+            loaded = {} if rows.is_empty else load_boundaries(self._module, batch, rows)
+            losses = self._executor.run(program, self.num_steps, loaded)
         self.num_steps += 1
         if update:
             self.scalers.unscale()
@@ -350,51 +390,3 @@ class TrainingSession:
                     f"synchronised, but a batch has {num_rows} rows for {len(rows)} ranks. Set `drop_last=True`."
                 )
                 raise ValueError(msg)
-
-    def _load(self, batch: Any, rows: Rows) -> dict[int, RowTree]:
-        inputs, targets = self._module.unpack_batch(batch)
-        if count_rows(inputs) != rows.num_rows:
-            msg = (
-                f"`unpack_batch` must give the {rows.num_rows} rows that were loaded, but gives {count_rows(inputs)}. "
-                "Change the number of rows in the dataset or the collate function, not in batch transfer hooks."
-            )
-            raise ValueError(msg)
-        loaded = {0: RowTree(rows, inputs, leading_row_leaves(inputs, rows.num_rows))}
-        if self._module.target_blocks:
-            if targets is None:
-                msg = (
-                    "`target_blocks` must get labels, but `unpack_batch` gave none. "
-                    "Let the loader yield (inputs, labels)."
-                )
-                raise ValueError(msg)
-            loaded[TARGETS] = RowTree(rows, targets, leading_row_leaves(targets, rows.num_rows))
-        return loaded
-
-
-class _Jobs:
-    """The module's blocks under the trainer's precision, as the executor wants them."""
-
-    def __init__(
-        self, module: BlockwiseDistillationModule, strategy: ProcessGroupStrategy, scalers: BlockScalers
-    ) -> None:
-        self._module = module
-        self._plugin = strategy.precision_plugin
-        self._scalers = scalers
-        self.optimizer: Optimizer | None = None
-        self.batch_idx = 0
-        self.num_accumulated = 1
-
-    def teach(self, block: int, boundary: Any) -> Any:
-        with self._plugin.train_step_context():
-            return self._module.teach(block, boundary)
-
-    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
-        is_part = rows.num_rows < num_rows
-        first_row = rows.start if is_part else 0
-        with self._plugin.train_step_context():
-            loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
-        if is_part:
-            loss = loss * (rows.num_rows / num_rows)
-        scaled = self._scalers.scale(block, loss / self.num_accumulated)
-        self._plugin.backward(scaled, self._module, self.optimizer)
-        return loss.detach()

@@ -18,15 +18,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader, explain_found, find_plan_of_fit
 from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
-from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise_module
+from lightning_pipebd.checkpoint import synchronise_models
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
 from lightning_pipebd.lightning_internals import COMPLETE, seed_workers, silence_sigterm_broadcast
-from lightning_pipebd.planning.explain import explain_plan
+from lightning_pipebd.planning.costs import CostTable
+from lightning_pipebd.planning.measurement import Measurement
+from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan import Plan
-from lightning_pipebd.plans import resolve_plan
 from lightning_pipebd.preflight import (
     check_callbacks,
     check_optimizers,
@@ -47,7 +49,7 @@ class PipeBDStrategy(CheckedCheckpoints):
 
     .. code-block:: python
 
-        Trainer(strategy="pipebd", devices=4)  # an even split
+        Trainer(strategy="pipebd", devices=4)  # measures the blocks, and finds the fastest plan
         Trainer(strategy=PipeBDStrategy(plan="0-1|2-3"), devices=2)  # blocks 0 and 1 on rank 0, 2 and 3 on rank 1
 
     The student is the one that ``Trainer(devices=1)`` would train, and so are checkpoints, logged keys and the meaning
@@ -56,7 +58,13 @@ class PipeBDStrategy(CheckedCheckpoints):
     Args:
         plan: Which rank computes which rows of which block: text (``"0-1|2-3"``, ``"0-1*2|2-5"``), ``"joint"``, the
             path of a YAML file, its content as a dictionary, or a :class:`~lightning_pipebd.planning.plan.Plan`.
-            ``None`` splits the blocks evenly by parameters and activations.
+            ``None`` measures the blocks at the beginning of ``fit``, and finds the plan with the smallest step time.
+        exactness: How closely the student of one process must be reproduced: ``"bitwise"`` divides no rows; ``None``,
+            as ``"summation"``, also divides the rows of blocks for which that changes only the order of sums.
+        memory_limit: Memory that each rank may use, such as ``"16GiB"``; a plan that needs more is refused. ``None``
+            takes what a GPU has free, and on CPU no limit.
+        costs: Costs to plan with instead of measuring: the path of a file that ``pipebd plan --save-costs`` wrote, or
+            a :class:`~lightning_pipebd.planning.costs.CostTable`.
         max_in_flight: Steps of boundaries that wait at the receiver, and as many under way to it, at least 1: a rank
             runs ahead of its receiver by up to twice that. More hides more jitter and holds more activations.
         process_group_backend: Backend of the default process group; ``None`` takes NCCL on GPUs and gloo elsewhere.
@@ -76,6 +84,9 @@ class PipeBDStrategy(CheckedCheckpoints):
         self,
         plan: str | dict[str, Any] | Plan | None = None,
         *,
+        exactness: str | None = None,
+        memory_limit: str | int | None = None,
+        costs: str | CostTable | Measurement | None = None,
         max_in_flight: int = 2,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -90,15 +101,15 @@ class PipeBDStrategy(CheckedCheckpoints):
         check_time_limit("start_timeout", start_timeout)
         self._time_limits = (stall_timeout, timeout)
         self._start_timeout = start_timeout
-        self._given_plan = plan
+        self._finder = PlanFinder(
+            plan, exactness=exactness, memory_limit=memory_limit, costs=costs, max_in_flight=max_in_flight
+        )
+        self._found: FoundPlan | None = None
         self._max_in_flight = max_in_flight
-        self._transport: ProcessGroupTransport | None = None
-        self._session: TrainingSession | None = None
         self._shares_logs = False
         self._is_in_evaluation_step = False
         self._complete_values = CompleteValues()
         self._is_accumulating = False
-        self._handed_over_at = -1
 
     @classmethod
     @override
@@ -106,22 +117,36 @@ class PipeBDStrategy(CheckedCheckpoints):
         strategy_registry.register("pipebd", cls, description=cls.__doc__ or "")
 
     @property
-    def plan(self) -> Plan:
-        """The plan for the connected module."""
+    def plan(self) -> Plan | None:
+        """The plan for the connected module; ``None`` while one is yet to be found."""
         module = require_module(self.lightning_module)
-        return resolve_plan(self._given_plan, module, self.num_nodes * self.num_processes)
+        given = self._finder.given_plan(module, self.num_nodes * self.num_processes)
+        return self._found.plan if given is None and self._found is not None else given
+
+    @property
+    def outlook(self) -> Outlook | None:
+        """What was foreseen of the plan at the last ``fit``; ``None`` if nothing was measured."""
+        return self._found and self._found.outlook
 
     @property
     def is_distributed(self) -> bool:
         """Whether logged values are to be exchanged: while ranks hold different rows, and when an epoch ends."""
         return self._shares_logs
 
+    @property
+    def session(self) -> TrainingSession | None:
+        """What trains on this rank; ``None`` before the first ``fit``."""
+        return self._session
+
     # Set-up.
 
     @override
     def preflight(self, trainer: Trainer) -> None:
         module = require_module(self.lightning_module)
+        self._found = None
         check_trainer(trainer, module, self.plan)
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._finder.check(self.plan, module, self)
 
     @override
     def setup_environment(self) -> None:
@@ -134,24 +159,26 @@ class PipeBDStrategy(CheckedCheckpoints):
         self.accelerator.setup(trainer)
         module = require_module(self.lightning_module)
         self.model = self.precision_plugin.convert_module(module)
-        plan = self.plan if trainer.state.fn == TrainerFn.FITTING else None
+        is_fit = trainer.state.fn == TrainerFn.FITTING
         # After `fit` and `validate`, `trainer.save_checkpoint` still asks for the optimizer's state.
-        if plan is not None or self._session is None or not self._session.is_for(module):
+        if is_fit or self._session is None or not self._session.is_for(module):
             self._session = None
             self._handed_over_at = -1
         self._transport = ProcessGroupTransport(
             self.root_device,
-            edges=plan_edges(plan, module.target_blocks) if plan else (),
-            groups=[plan.student_ranks(block) for block in range(plan.num_blocks)] if plan else (),
             timeout=self._timeout,
             share_device=len(set(self.parallel_devices or ())) < self.num_processes,
         )
-        synchronise_module(self._transport, module)
-        if plan is None:
+        synchronise_models(self._transport, module)
+        if not is_fit:
             self.model_to_device()
             self.setup_precision_plugin()
             return
         check_callbacks(trainer)
+        self._found = find_plan_of_fit(self, self._finder, trainer, module, self._transport)
+        plan = self._found.plan
+        groups = [plan.student_ranks(block) for block in range(plan.num_blocks)]
+        self._transport.connect(plan_edges(plan, module.target_blocks), groups)
         self._session = TrainingSession(
             module,
             plan,
@@ -167,13 +194,12 @@ class PipeBDStrategy(CheckedCheckpoints):
         # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which begins
         # to load.
         self._session.begin(trainer, self.sharing_logs, self._assemble_student)
+        self._session.report(self._found.outlook)
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         silence_sigterm_broadcast(trainer)
-        is_synchronised = self.layer_sync
-        warn_of_statistics(plan, module, is_synchronised=is_synchronised)
-        traits = module.block_pairs.traits(module.example_input_array, is_synchronised=is_synchronised)
-        rank_zero_info(explain_plan(plan, traits, target_blocks=module.target_blocks))
+        warn_of_statistics(plan, module, is_synchronised=self.layer_sync)
+        rank_zero_info(explain_found(self._found, module, is_synchronised=self.layer_sync))
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
@@ -197,8 +223,7 @@ class PipeBDStrategy(CheckedCheckpoints):
         assert self._transport is not None
         check_loader(dataloader)
         if module.trainer.training:
-            assert self._session is not None
-            return self._session.process_dataloader(dataloader)
+            return UnreadLoader(dataloader) if self._session is None else self._session.process_dataloader(dataloader)
         if module.trainer.predicting:
             return dataloader
         rank, num_ranks = self._transport.rank, self._transport.num_ranks
@@ -334,48 +359,6 @@ class PipeBDStrategy(CheckedCheckpoints):
         self._complete_values.restore()
         if self._session is not None:
             self._session.place_blocks()
-
-    # State.
-
-    def _assemble_student(self) -> None:
-        """**Collective** over all ranks: give every rank the present weights of all blocks."""
-        assert self._session is not None
-        assert self._transport is not None
-        if self._session.num_steps != self._handed_over_at:
-            hand_over(self._transport, self._session.owned_tensors())
-            self._handed_over_at = self._session.num_steps
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """**Collective** over all ranks: give the module's state with all blocks up to date."""
-        if self._session is not None:
-            self._assemble_student()
-        return super().lightning_module_state_dict()
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """**Collective** over all ranks: give the optimizer's state as one device would; complete on rank 0 only."""
-        assert self._transport is not None
-        return self._pruned(optimizer).state(self._transport)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            self._pruned(optimizer).load(state)
-        assert self._session is not None
-        self._session.scalers.load(checkpoint)
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """**Collective** over all ranks: complete the checkpoint, and write it on rank 0."""
-        if self._session is not None:
-            self._session.progress.mark("saving a checkpoint")
-            self._session.save(checkpoint)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _pruned(self, optimizer: Optimizer) -> PrunedOptimizer:
-        assert self._session is not None
-        return self._session.pruned_optimizer(optimizer)
 
     # The end.
 

@@ -7,11 +7,15 @@ ones ran before it.
 from __future__ import annotations
 
 import os
+import tempfile
 
 # Read by OpenMP and OpenBLAS when torch and numpy are imported; equal threads are part of the bitwise promise.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+# Measured costs are kept between the tests of one run, and not for the user's next one.
+os.environ["PIPEBD_CACHE"] = tempfile.mkdtemp(prefix="pipebd-tests-")
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -41,6 +45,12 @@ _LASTING_THREADS = {"TMonitor", "_ChildProcessObserver", "_DummyThread"}
 
 #: How long a thread that was told to end may need for it.
 _THREAD_END_S = 2.0
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_of_this_run() -> Iterator[None]:
+    yield
+    shutil.rmtree(os.environ["PIPEBD_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

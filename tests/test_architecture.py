@@ -24,7 +24,11 @@ LIGHTNING_INTERNALS = "lightning_internals"
 FLOORS = {
     "planning": {f"{PACKAGE}.planning"},
     "runtime": {"torch", "typing_extensions", f"{PACKAGE}.planning", f"{PACKAGE}.runtime"},
-    "": {"torch", "typing_extensions", "lightning", "torchmetrics", "jsonargparse", "yaml", PACKAGE},
+    # safetensors and matplotlib are optional, and imported where they are asked for.
+    "": {
+        *("torch", "typing_extensions", "lightning", "torchmetrics", "jsonargparse", "yaml"),
+        *("safetensors", "matplotlib", PACKAGE),
+    },
 }
 
 #: The functions of torch.distributed that move data or make ranks wait for each other.

@@ -43,6 +43,15 @@ def test_digits_ends_with_a_table_in_which_pipebd_is_as_accurate_as_one_process(
     assert rows[1][2] == rows[3][2]
 
 
+def test_the_supernet_rates_nine_candidates_and_puts_three_of_them_together(tmp_path: Path) -> None:
+    text = _run(["examples/supernet_nas.py", "--epochs", "1"], tmp_path)
+    assert len(re.findall(r"^stage\d +(?:plain|separable|bottleneck) +\d", text, re.MULTILINE)) == 9
+    assert text.count("<-- chosen") == 3
+    (size,) = re.findall(r"^student: ([\d,]+) parameters", text, re.MULTILINE)
+    # The chosen candidates have 40,000 at most; the first stage and the classifier have 914 together.
+    assert int(size.replace(",", "")) <= 40_914
+
+
 def test_the_digits_config_trains_from_the_command_line_where_no_teacher_is_kept_yet(tmp_path: Path) -> None:
     command = ["-m", "lightning_pipebd", "fit", "--config", "examples/digits.yaml", "--trainer.devices", "2"]
     limits = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]

@@ -1,26 +1,21 @@
-"""Plans from everything a user may write, and the one for users who write nothing."""
+"""Plans from everything a user may write."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from torch import nn
 
 from lightning_pipebd import (
-    BlockwiseDistillationModule,
     Plan,
     PlanError,
-    format_plan,
     load_plan,
     parse_plan,
     save_plan,
 )
-from lightning_pipebd.plans import even_plan, resolve_plan
+from lightning_pipebd.plans import resolve_plan
 from tests.helpers.toy import make_module
 
 TEXT = "0,1:1/4|1:3/4,2-3"
@@ -31,16 +26,6 @@ CROSSED = {
     "teacher": [[[0, "1"]]] * 4,
     "student": [[[1, "1/3"], [0, "2/3"]]] + [[[1, "1"]]] * 3,
 }
-
-
-class Sized(BlockwiseDistillationModule):
-    """Blocks whose numbers of parameters and activations a test chooses."""
-
-    def __init__(self, widths: list[int], example: Any = None) -> None:
-        pairs = list(itertools.pairwise(widths))
-        models = [nn.Sequential(*(nn.Linear(*pair) for pair in pairs)) for _ in range(2)]
-        super().__init__(*models, {str(index): str(index) for index in range(len(pairs))})
-        self.example_input_array = example
 
 
 @pytest.mark.parametrize(
@@ -87,45 +72,3 @@ def test_a_plan_for_other_ranks_is_refused(given: Any) -> None:
 def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"must name a readable YAML file, but .*nowhere\.yaml is not"):
         load_plan(tmp_path / "nowhere.yaml")
-
-
-@pytest.mark.parametrize(
-    ("widths", "num_ranks", "expected"),
-    [
-        pytest.param([2, 2, 2, 2, 2], 2, "0-1|2-3", id="equal blocks"),
-        pytest.param([2, 2, 2, 2, 50], 2, "0-2|3", id="a heavy last block"),
-        pytest.param([50, 2, 2, 2, 2], 2, "0|1-3", id="a heavy first block"),
-        pytest.param([2, 2, 2], 1, "0-1", id="one rank"),
-        pytest.param([2, 2, 2], 4, "0|1|-*2", id="more ranks than blocks"),
-    ],
-)
-def test_without_a_plan_parameters_are_spread_evenly(widths: list[int], num_ranks: int, expected: str) -> None:
-    assert format_plan(resolve_plan(None, Sized(widths), num_ranks)) == expected
-
-
-class Pooled(BlockwiseDistillationModule):
-    """Block 0 has few parameters and puts out much."""
-
-    def __init__(self) -> None:
-        def model() -> nn.Sequential:
-            wide = nn.Sequential(nn.Conv2d(1, 4, 1), nn.Upsample(scale_factor=4))
-            return nn.Sequential(wide, nn.MaxPool2d(4), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
-
-        super().__init__(model(), model(), {"0": "0", "2": "2", "3": "3"})
-
-
-def test_activations_count_where_an_example_shows_them() -> None:
-    module = Pooled()
-    assert format_plan(even_plan(module, 2)) == "0-1|2"
-    module.example_input_array = torch.zeros(1, 1, 4, 4)
-    assert format_plan(even_plan(module, 2)) == "0|1-2"
-
-
-@pytest.mark.parametrize("name", ["conv", "dropout", "linear", "transformer"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7])
-def test_an_even_plan_gives_every_block_to_one_rank(name: str, num_ranks: int) -> None:
-    module = make_module(name)
-    plan = even_plan(module, num_ranks)
-    assert (plan.num_ranks, plan.num_blocks) == (num_ranks, module.num_blocks)
-    assert not plan.has_split_students
-    assert not plan.has_split_teachers

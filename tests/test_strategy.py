@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
+from lightning_pipebd import PipeBDStrategy
 from tests.helpers.scenarios import Both, MakeTrainer, on_both, under_plan
 from tests.helpers.toy import ToyData, ToyStream, make_module
 from tests.helpers.training import assert_same_checkpoint, load
@@ -109,13 +110,15 @@ def loader(num_rows: int = 20, batch_size: int = 4, **arguments: Any) -> DataLoa
 
 
 #: Keys of a case that are no argument of the trainer.
-OURS = {"data", "validation", "callback", "seed_workers"}
+OURS = {"data", "validation", "callback", "seed_workers", "make_strategy"}
 
 
 def fit(make_trainer: MakeTrainer, name: str) -> dict[str, Any]:
     case, module, recorder = CASES[name], make_module("linear"), Recorder()
     seed_everything(3, workers=case.get("seed_workers", False), verbose=False)
     settings = {key: value for key, value in case.items() if key not in OURS}
+    if "make_strategy" in case:
+        settings["strategy"] = case["make_strategy"]()
     trainer = make_trainer(callbacks=[recorder, *([case["callback"]()] if "callback" in case else [])], **settings)
     data = case.get("data", loader)()
     if isinstance(data, LightningDataModule):
@@ -139,7 +142,7 @@ class StopAfterTwo(Callback):
 
 CASES: dict[str, dict[str, Any]] = {
     "defaults": {},
-    "the strategy's name": {"strategy": "pipebd"},
+    "a plan that is found": {"make_strategy": lambda: PipeBDStrategy(exactness="bitwise")},
     "max_steps": {"max_steps": 7},
     "max_steps and no max_epochs": {"max_steps": 7, "max_epochs": -1},
     "max_epochs=0": {"max_epochs": 0},
@@ -231,7 +234,7 @@ def test_fit_goes_as_in_one_process(name: str, fits: dict[str, Both]) -> None:
 
 
 def test_one_device_trains_as_plain_lightning(fits: dict[str, Both]) -> None:
-    alone, plain = fits["the strategy's name"].one, fits["defaults"].one
+    alone, plain = fits["a plan that is found"].one, fits["defaults"].one
     assert alone["events"] == plain["events"]
     torch.testing.assert_close(alone["student"], plain["student"], rtol=0, atol=0)
 

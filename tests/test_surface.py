@@ -8,17 +8,19 @@ import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_pipebd
-from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Timeline
 
 NAMES = [
     "BlockwiseDistillationModule",
     "CallableBlock",
+    "Candidates",
     "CheckedCheckpointIO",
     "CheckpointError",
     "PartitionError",
     "PipeBDStrategy",
     "Plan",
     "PlanError",
+    "Timeline",
     "format_plan",
     "load_plan",
     "parse_plan",
@@ -28,13 +30,17 @@ NAMES = [
 PARAMETERS = {
     PipeBDStrategy: [
         "plan=None",
-        "*, max_in_flight=2",
+        "*, exactness=None",
+        "memory_limit=None",
+        "costs=None",
+        "max_in_flight=2",
         "process_group_backend=None",
         "timeout=0:30:00",
         "stall_timeout=0:02:00",
         "start_timeout=0:10:00",
         "**kwargs",
     ],
+    Timeline: ["path=timeline.json", "*, first_step=8", "num_steps=8", "plot=None"],
     BlockwiseDistillationModule: [
         "teacher",
         "student",

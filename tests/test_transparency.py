@@ -47,6 +47,8 @@ def _run(module: str, **changes: Any) -> Run:
         pytest.param("dropout", "0|1|2|3", 4, id="dropout-4"),
         pytest.param("transformer", "0-1|2-3", 2, id="transformer-2"),
         pytest.param("transformer", "0|1,T2|S2,3", 3, id="transformer-half-cut-3"),
+        pytest.param("candidates", "0-2|3-6", 2, id="candidates-2"),
+        pytest.param("candidates", "0,3,6|1,4|2,5", 3, id="candidates-not-contiguous-3"),
         pytest.param("conv", "T0-4|S0-4|-", 3, id="conv-teacher-alone-and-an-idle-rank"),
     ],
 )

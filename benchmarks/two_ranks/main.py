@@ -33,7 +33,7 @@ WORKLOADS = {"digits": (1, 16, (32, 64, 96, 96)), "cnn": (3, 32, (32, 64, 128, 1
 VARIANTS = {
     "one process": ("auto", 1, None),
     "Lightning DDP": ("ddp", 2, None),
-    "pipebd, even split": ("pipebd", 2, None),
+    "pipebd, automatic": ("pipebd", 2, None),
     "pipebd, by hand": ("pipebd", 2, {"digits": "0,1:11/20|1:9/20,2-4", "cnn": "0,1:1/4|1:3/4,2-4"}),
     "pipebd, joint": ("pipebd", 2, {"digits": "joint", "cnn": "joint"}),
 }

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.program import TARGETS
+from lightning_pipebd.planning.quantities import format_bytes
 from lightning_pipebd.planning.routing import route
 
 __all__ = ["BlockTraits", "Exactness", "ExactnessReason", "exactness_of", "exactness_reasons", "explain_plan"]
@@ -42,6 +43,7 @@ class BlockTraits:
         is_stochastic: Whether the student block draws random numbers, as dropout does.
         boundary_bytes_per_row: Bytes per row of the activation the teacher block produces; `None` if unknown.
         is_synchronised: Whether those statistics are taken over the rows of all ranks that share the block.
+        couples_rows: Whether the block's loss was found to be no mean over rows, for whatever reason.
     """
 
     name: str
@@ -49,6 +51,7 @@ class BlockTraits:
     is_stochastic: bool = False
     boundary_bytes_per_row: int | None = None
     is_synchronised: bool = False
+    couples_rows: bool = False
 
 
 class ExactnessReason(NamedTuple):
@@ -183,6 +186,13 @@ def _reasons(plan: Plan, block: int, trait: BlockTraits) -> Iterator[ExactnessRe
         yield ExactnessReason(
             block, Exactness.STATISTICS, f"{sharers}its random draws differ from one process (statistics)."
         )
+    if trait.couples_rows and not is_affected:
+        is_affected = True
+        yield ExactnessReason(
+            block,
+            Exactness.STATISTICS,
+            f"{sharers}its loss is not the mean of those of parts of the rows (statistics).",
+        )
     if not is_affected:
         yield ExactnessReason(
             block, Exactness.SUMMATION, f"{sharers}their gradients are added in another order (summation)."
@@ -221,9 +231,9 @@ def _relay_lines(
         size = sizes.get(boundary)
         if num_rows is None:
             share = "all rows" if rows == exact_rows else f"{Fraction(rows, exact_rows)} of the rows"
-            part = share + (f", {_bytes(size)} per row" if size else "")
+            part = share + (f", {format_bytes(size)} per row" if size else "")
         else:
-            part = f"{rows} of {num_rows} rows" + (f", {_bytes(size * rows)}" if size else "")
+            part = f"{rows} of {num_rows} rows" + (f", {format_bytes(size * rows)}" if size else "")
         yield f"rank {sender} to rank {receiver}: {name}, {part}"
 
 
@@ -231,12 +241,3 @@ def _reduce_lines(plan: Plan, traits: Sequence[BlockTraits]) -> Iterator[str]:
     for block, trait in enumerate(traits):
         if len(plan.student[block]) > 1:
             yield f"block {_label(block, trait)}: {_ranks(plan.student_ranks(block))}"
-
-
-def _bytes(number: int) -> str:
-    size, unit = float(number), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if size < 1024:
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.4g} {unit}"

@@ -26,7 +26,8 @@ def from_plain(cls: type[T], data: Any, where: str) -> T:
     """Read back what `to_plain` gave, or what a person wrote; fields with a default may be missing.
 
     Args:
-        cls: Frozen dataclass to read; its fields are numbers, strings, curves, dataclasses, or tuples of these.
+        cls: Frozen dataclass to read; its fields are numbers, truth values, strings, curves, dataclasses,
+            or tuples of these.
         data: The dictionary.
         where: What is read, for messages.
 
@@ -62,7 +63,7 @@ def _read(kind: Any, value: Any, where: str) -> Any:
     # A limit that does not exist is written as null.
     kinds = get_args(kind) or (kind,)
     accepted = (*kinds, int) if float in kinds else kinds
-    if not isinstance(value, accepted) or isinstance(value, bool):
+    if not isinstance(value, accepted) or (isinstance(value, bool) and bool not in kinds):
         names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
         raise CostError(f"`{where}` must be {names}, but is {value!r} ({type(value).__name__}). Correct the value.")
     return value

@@ -71,6 +71,8 @@ def route(plan: Plan, num_rows: int, *, target_blocks: Collection[int] = ()) -> 
         for receiver, needed in _needed_rows(plan, num_rows, boundary, target_blocks).items():
             own = made.get(receiver, Rows(0, 0))
             missing = [rest for rows in merge_rows(needed) for rest in subtract_rows(rows, own)]
+            if not missing:
+                continue
             messages += [
                 Message(boundary, part, sender, receiver)
                 for sender, rows in made.items()

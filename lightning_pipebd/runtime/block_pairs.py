@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_pipebd.planning.explain import BlockTraits
+from lightning_pipebd.runtime.candidates import Candidate, expand_candidates
 from lightning_pipebd.runtime.partition import (
     Partition,
     PartitionError,
@@ -37,11 +39,13 @@ class BlockPairs:
     """A teacher and a student in blocks.
 
     Attributes:
-        names: Name of each block: the student's path, or its number where blocks were given as lists.
+        names: Name of each block: the student's path, or its number where blocks were given as lists; with the
+            candidate's number in brackets where a place has candidates.
         teacher_model: The whole teacher.
         student_model: The whole student.
         teacher: The teacher's blocks.
         student: The student's blocks.
+        candidates: Per block, the candidate that it stands for, or ``None``.
     """
 
     names: tuple[str, ...]
@@ -50,6 +54,7 @@ class BlockPairs:
     student_model: nn.Module
     teacher: Partition
     student: Partition
+    candidates: tuple[Candidate | None, ...]
 
     @property
     def teacher_parameters(self) -> list[list[nn.Parameter]]:
@@ -62,13 +67,19 @@ class BlockPairs:
         return [[self.student_model.get_parameter(name) for name in names] for names in self.student.parameter_names]
 
     def resolve_keys(self, values: Mapping[str | int, _Value], subject: str) -> dict[int, _Value]:
-        """Replace block names by block indices.
+        """Replace block names by block indices; the name of a place means all its candidates.
 
         Raises:
             ValueError: A name or an index is no block's.
         """
-        resolved = {}
+        resolved: dict[int, _Value] = {}
         for key, value in values.items():
+            places = [index for index, each in enumerate(self.candidates) if each is not None and each.place == key]
+            if places:
+                # Each candidate is trained by itself, and so is its adapter.
+                is_module = isinstance(value, nn.Module)
+                resolved |= {index: copy.deepcopy(value) if is_module else value for index in places}
+                continue
             index = self.names.index(key) if key in self.names else key
             if not isinstance(index, int) or not 0 <= index < len(self.names):
                 near = difflib.get_close_matches(str(key), self.names, n=3) or self.names
@@ -157,6 +168,10 @@ def pair_blocks(
         student_partition = explicit_blocks(student, student_blocks, role="student")
         names = tuple(str(index) for index in range(len(student_blocks)))
         paths = tuple((name, name) for name in names)
+    teacher_partition, student_partition, names, candidates = expand_candidates(
+        (teacher, student), teacher_partition, student_partition, names
+    )
+    paths = tuple(_expand_paths(paths, names, candidates))
     check_ties(student, student_partition, "student")
     _check_separate(teacher, student)
     _warn_of_untrained(student, student_partition)
@@ -167,7 +182,19 @@ def pair_blocks(
         student_model=student,
         teacher=teacher_partition,
         student=student_partition,
+        candidates=candidates,
     )
+
+
+def _expand_paths(
+    paths: Sequence[tuple[str, str]], names: Sequence[str], candidates: Sequence[Candidate | None]
+) -> Iterator[tuple[str, str]]:
+    given = iter(paths)
+    path = ("", "")
+    for name, candidate in zip(names, candidates, strict=True):
+        if candidate is None or candidate.number == 0:
+            path = next(given)
+        yield path if candidate is None else (path[0], name)
 
 
 def _check_lengths(teacher_blocks: Blocks, student_blocks: Blocks) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_pipebd.runtime.block_view import BlockView, WholeBoundary
+from lightning_pipebd.runtime.block_view import WholeBoundary
 from lightning_pipebd.runtime.tracing import PartitionError
 
 __all__ = ["CallableBlock", "Partition", "UncutTail", "call_block", "make_partition"]
@@ -105,7 +105,7 @@ def call_block(block: nn.Module, boundary: Any) -> Any:
         >>> call_block(CallableBlock(lambda hidden, scale: (hidden * scale, scale)), (2, 3))
         (6, 3)
     """
-    if isinstance(block, BlockView) and block.takes_whole:
+    if getattr(block, "takes_whole", False):
         return block(WholeBoundary(boundary))
     if isinstance(boundary, Mapping):
         return block(**boundary)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from lightning_pipebd.runtime.block_view import BlockView
 from lightning_pipebd.runtime.blocks import Partition, call_block
+from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.tracing import PartitionError
 
 __all__ = ["boundary_shapes", "check_shapes"]
@@ -94,7 +94,7 @@ def check_shapes(
             output = _run_block(student_block, boundary, f"student block `{student_name}`", remedy)
             if after is not None:
                 output = _run_adapter(after, output, f"the adapter of `{student_name}`")
-            _compare(teacher_name, target, student_name, output, has_adapter=after is not None)
+            _compare(teacher_name, target_of(target), student_name, output, has_adapter=after is not None)
             boundary = target
 
     _run_without_trace(run, rows, example)
@@ -234,7 +234,7 @@ def _all_modules(modules: _Modules) -> list[nn.Module]:
     """Give every module that may run, also those that a cut block reaches through its model."""
     found: dict[int, nn.Module] = {}
     for module in [leaf for leaf in pytree.tree_leaves(modules) if isinstance(leaf, nn.Module)]:
-        for part in (module, *(module.opened_modules if isinstance(module, BlockView) else ())):
+        for part in (module, *getattr(module, "opened_modules", ())):
             found.update({id(inner): inner for inner in part.modules()})
     return list(found.values())
 

@@ -74,7 +74,7 @@ class Executor:
         self._relay = relay
         self._reducer = reducer
         self._cuts_rows = cuts_rows
-        self._observer = observer
+        self.observer = observer
         self._row_leaves: dict[tuple[int, int], tuple[bool, ...]] = {}
         self._last_uses: dict[Program, dict[int, int]] = {}
         self.current: tuple[Program, int] | None = None  # what a failure report points at
@@ -103,8 +103,8 @@ class Executor:
                 where = f"rank {program.rank}, step {step}, action {index + 1} of {len(program.actions)} ({action})"
                 raise RelayError(f"{where}: {error}") from error
             self.num_done += 1
-            if self._observer is not None:
-                self._observer(Span(action, start, time.perf_counter()))
+            if self.observer is not None:
+                self.observer(Span(action, start, time.perf_counter()))
             for boundary in [boundary for boundary, last in last_uses.items() if last == index]:
                 state.boundaries.pop(boundary, None)
         self._reducer.finish()

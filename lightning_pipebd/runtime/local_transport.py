@@ -6,7 +6,7 @@ import pickle
 import queue
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ class LocalTransport(Transport):
         self.rank = rank
         self.num_ranks = world.num_ranks
         self._counts: dict[Any, int] = defaultdict(int)
+
+    @override
+    def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
+        # Threads of one process reach each other as it is.
+        pass
 
     @override
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
@@ -21,12 +20,15 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lightning_pipebd.runtime.layouts import LayoutBook, TensorLayout, describe, flatten
+from lightning_pipebd.runtime.shared_memory import SlotReader, SlotWriter, issue_passport
+
 __all__ = ["Lane", "Message", "Pending", "ProcessGroupTransport", "Transport", "TransportError"]
 
 # A receiver waits as long as its senders compute: hours, if one of them validates. Dead peers close their sockets.
 _PATIENCE = timedelta(days=30)
 _NUM_FIELDS = 4
-_NUM_LAYOUTS = 128
+_NO_SLOT = -1
 
 
 class TransportError(RuntimeError):
@@ -64,6 +66,15 @@ class Transport(ABC):
 
     rank: int
     num_ranks: int
+
+    @abstractmethod
+    def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
+        """**Collective** over all ranks: prepare what takes preparation; every rank must name the same.
+
+        Args:
+            edges: Pairs (sender, receiver) that will exchange boundaries.
+            groups: Sets of ranks that will reduce together.
+        """
 
     @abstractmethod
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:
@@ -108,14 +119,15 @@ def _reported(subject: str) -> Iterator[None]:
     # torch raises plain errors, when an operation begins as well as while it is waited for.
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise TransportError(f"{subject} failed: {error}") from error
 
 
 class ProcessGroupTransport(Transport):
-    """Messages over gloo; tensors on a CUDA device go over NCCL where the two ranks have a GPU each.
+    """Messages over gloo; boundaries by shared memory between ranks of one host, by NCCL between GPUs.
 
-    **Collective** over all ranks: the constructor creates process groups, and every rank must name the same ones.
+    **Collective** over all ranks: the constructor creates process groups, and every rank must name the same ones. More
+    can be added with :meth:`connect`.
 
     Args:
         device: Where this rank computes; tensors arrive there.
@@ -124,6 +136,8 @@ class ProcessGroupTransport(Transport):
         groups: Sets of ranks that will reduce together.
         timeout: Time after which a collective fails. A message may be waited for as long as its sender lives.
         share_device: Whether some ranks compute on one GPU; NCCL refuses that, and messages go through host memory.
+        shares_memory: Whether boundaries pass through memory that two ranks of one host share, where that can be; by
+            gloo otherwise.
     """
 
     def __init__(
@@ -134,34 +148,65 @@ class ProcessGroupTransport(Transport):
         groups: Sequence[tuple[int, ...]] = (),
         timeout: timedelta = timedelta(minutes=30),
         share_device: bool = False,
+        shares_memory: bool = True,
     ) -> None:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         self._device = device
-        use_nccl = device.type == "cuda" and not share_device
+        self._timeout = timeout
+        self._use_nccl = device.type == "cuda" and not share_device
         everyone = list(range(self.num_ranks))
         self._messages: Any = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
         self._control: Any = dist.new_group(everyone, timeout=timeout, backend="gloo")
         self._edges: dict[tuple[int, int], Any] = {}
-        if use_nccl:
-            self._edges = {edge: dist.new_group(sorted(edge), backend="nccl") for edge in sorted(set(edges))}
-        backend = "nccl" if use_nccl else "gloo"
-        unique = sorted({tuple(sorted(group)) for group in groups if len(group) > 1})
-        self._groups: dict[tuple[int, ...], Any] = {
-            group: dist.new_group(list(group), timeout=timeout, backend=backend) for group in unique
-        }
-        self._sent: dict[tuple[int, Lane], _LayoutBook] = {}
-        self._received: dict[tuple[int, Lane], _LayoutBook] = {}
+        self._groups: dict[tuple[int, ...], Any] = {}
+        self._sent: dict[tuple[int, Lane], LayoutBook] = {}
+        self._received: dict[tuple[int, Lane], LayoutBook] = {}
         self._streams: dict[int, torch.cuda.Stream] = {}
+        self._writers: dict[int, SlotWriter] = {}
+        self._readers: dict[int, SlotReader] = {}
+        self._shares_memory = shares_memory and not self._use_nccl
+        self._connected: set[tuple[int, int]] = set()
+        self.connect(edges, groups)
+
+    def _share_memory(self, edges: Iterable[tuple[int, int]]) -> None:
+        passport = issue_passport()
+        passports = self.all_gather_object(passport)
+        sources = {sender for sender, receiver in edges if receiver == self.rank}
+        readable = {sender for sender in sources if passports[sender].is_readable()}
+        self._readers |= {sender: SlotReader(passports[sender].pid) for sender in readable}
+        readers = self.all_gather_object(readable)
+        self._writers |= {peer: SlotWriter() for peer, its in enumerate(readers) if self.rank in its}
+        passport.destroy()
+
+    @override
+    def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
+        new = sorted(set(edges) - self._connected)
+        self._connected.update(new)
+        if self._use_nccl:
+            self._edges |= {edge: dist.new_group(sorted(edge), backend="nccl") for edge in new}
+        if self._shares_memory and new:
+            self._share_memory(new)
+        backend = "nccl" if self._use_nccl else "gloo"
+        unique = {tuple(sorted(group)) for group in groups if len(group) > 1}
+        for group in sorted(unique - self._groups.keys()):
+            self._groups[group] = dist.new_group(list(group), timeout=self._timeout, backend=backend)
 
     @override
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:
         leaves, spec = pytree.tree_flatten(message.tree)
-        tensors = [_plain(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-        layout = pickle.dumps((spec, [_describe(leaf) for leaf in leaves]))
-        number, is_new = self._sent.setdefault((peer, lane), _LayoutBook()).number(layout)
+        described = [describe(leaf) if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves]
+        flats = [flatten(dense) for dense, _ in described if dense is not None and dense.numel()]
+        layout = pickle.dumps((spec, [layout for _, layout in described]))
+        number, is_new = self._sent.setdefault((peer, lane), LayoutBook()).number(layout)
+        slot, slot_bytes = _NO_SLOT, 0
+        if lane is Lane.RELAY and flats and peer in self._writers:
+            slot, slot_bytes = self._writers[peer].write(flats)
+            flats = []
+        fields = [*message.fields, number, len(layout) if is_new else 0, slot, slot_bytes]
         blob = [torch.frombuffer(bytearray(layout), dtype=torch.uint8)] if is_new else []
-        header = torch.tensor([*message.fields, number, len(layout) if is_new else 0], dtype=torch.int64)
-        tensors = [header, *blob, *(tensor for tensor in tensors if tensor.numel())]
+        return self._send_tensors([torch.tensor(fields, dtype=torch.int64), *blob, *flats], peer, lane)
+
+    def _send_tensors(self, tensors: list[Tensor], peer: int, lane: Lane) -> Pending:
         subject = f"sending from rank {self.rank} to rank {peer}"
         works = []
         with _reported(subject):
@@ -180,26 +225,42 @@ class ProcessGroupTransport(Transport):
             return self._recv(peer, lane)
 
     def _recv(self, peer: int, lane: Lane) -> Message:
-        header = self._recv_host(torch.empty(_NUM_FIELDS + 2, dtype=torch.int64), peer, lane).tolist()
-        fields, number, blob_bytes = header[:_NUM_FIELDS], header[-2], header[-1]
-        book = self._received.setdefault((peer, lane), _LayoutBook())
+        header = self._recv_host(torch.empty(_NUM_FIELDS + 4, dtype=torch.int64), peer, lane).tolist()
+        fields, (number, blob_bytes, slot, slot_bytes) = header[:_NUM_FIELDS], header[_NUM_FIELDS:]
+        book = self._received.setdefault((peer, lane), LayoutBook())
         if blob_bytes:
             blob = self._recv_host(torch.empty(blob_bytes, dtype=torch.uint8), peer, lane)
-            book.add(number, blob.numpy().tobytes())
-        spec, leaves = pickle.loads(book.layout(number))
-        received = [self._recv_leaf(leaf, peer, lane) for leaf in leaves]
+            book.add(number, pickle.loads(blob.numpy().tobytes()))
+        spec, leaves = book.layout(number)
+        if slot == _NO_SLOT:
+            received = [self._recv_leaf(leaf, peer, lane) for leaf in leaves]
+        else:
+            received = self._read_slot(leaves, peer, slot, slot_bytes)
         return Message(tuple(fields), pytree.tree_unflatten(received, spec))
 
+    def _read_slot(self, leaves: list[Any], peer: int, slot: int, slot_bytes: int) -> list[Any]:
+        def has_values(leaf: Any) -> bool:
+            return isinstance(leaf, TensorLayout) and leaf.num_elements > 0
+
+        tensors = iter(self._readers[peer].read(slot, slot_bytes, [leaf for leaf in leaves if has_values(leaf)]))
+        return [
+            self._place(next(tensors), leaf) if has_values(leaf) else self._recv_leaf(leaf, peer, Lane.RELAY)
+            for leaf in leaves
+        ]
+
     def _recv_leaf(self, leaf: Any, peer: int, lane: Lane) -> Any:
-        if not isinstance(leaf, _TensorLayout):
+        if not isinstance(leaf, TensorLayout):
             return leaf
         edge = self._edges.get((peer, self.rank)) if leaf.is_cuda and lane is Lane.RELAY else None
         if edge is None or not leaf.num_elements:
-            tensor = torch.empty(leaf.shape, dtype=leaf.dtype)
+            flat = leaf.new_flat()
             if leaf.num_elements:
-                self._recv_host(tensor, peer, lane)
-            return tensor.to(self._device) if leaf.is_cuda else tensor
-        return self._recv_cuda(leaf, peer, edge)
+                self._recv_host(flat, peer, lane)
+            return self._place(leaf.restore(flat), leaf)
+        return leaf.restore(self._recv_cuda(leaf, peer, edge))
+
+    def _place(self, tensor: Tensor, layout: TensorLayout) -> Tensor:
+        return tensor.to(self._device) if layout.is_cuda else tensor
 
     def _recv_host(self, tensor: Tensor, peer: int, lane: Lane) -> Tensor:
         work = dist.irecv(tensor, peer, group=self._messages, tag=int(lane))
@@ -207,12 +268,12 @@ class ProcessGroupTransport(Transport):
         work.wait()
         return tensor
 
-    def _recv_cuda(self, leaf: _TensorLayout, peer: int, edge: Any) -> Tensor:
+    def _recv_cuda(self, leaf: TensorLayout, peer: int, edge: Any) -> Tensor:
         # A stream of the receiving thread: the copy overlaps with the computation of the main thread, which is
         # protected by the synchronisation below, not by stream order.
         stream = self._streams.setdefault(peer, torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
-            tensor = torch.empty(leaf.shape, dtype=leaf.dtype, device=self._device)
+            tensor = leaf.new_flat(self._device)
             work = dist.irecv(tensor, peer, group=edge)
             assert work is not None
             work.wait()
@@ -233,7 +294,7 @@ class ProcessGroupTransport(Transport):
 
     @override
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        host = _plain(tensor).cpu()
+        host = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
         with _reported(f"broadcasting from rank {source}"):
             # As bytes: gloo has collectives for few element types.
             dist.broadcast(host.reshape(-1).view(torch.uint8), source, group=self._control)
@@ -246,53 +307,3 @@ class ProcessGroupTransport(Transport):
         with _reported(f"gathering on rank {self.rank}"):
             dist.all_gather_object(values, value, group=self._control)
         return values
-
-
-class _TensorLayout(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    is_cuda: bool
-
-    @property
-    def num_elements(self) -> int:
-        return torch.Size(self.shape).numel()
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """Give the tensor with its memory as its values say: dense, and neither conjugated nor negated when read."""
-    return tensor.detach().resolve_conj().resolve_neg().contiguous()
-
-
-def _describe(leaf: Any) -> Any:
-    return _TensorLayout(tuple(leaf.shape), leaf.dtype, leaf.is_cuda) if isinstance(leaf, Tensor) else leaf
-
-
-class _LayoutBook:
-    """Numbers for layouts, so that a layout that both sides know is sent as a number.
-
-    Sender and receiver of a lane forget the oldest layout at the same message, hence stay in step without talking.
-    """
-
-    def __init__(self) -> None:
-        self._numbers: OrderedDict[bytes, int] = OrderedDict()
-        self._layouts: OrderedDict[int, bytes] = OrderedDict()
-        self._next = 0
-
-    def number(self, layout: bytes) -> tuple[int, bool]:
-        known = self._numbers.get(layout)
-        if known is not None:
-            return known, False
-        number = self._next
-        self._next += 1
-        self._numbers[layout] = number
-        if len(self._numbers) > _NUM_LAYOUTS:
-            self._numbers.popitem(last=False)
-        return number, True
-
-    def add(self, number: int, layout: bytes) -> None:
-        self._layouts[number] = layout
-        if len(self._layouts) > _NUM_LAYOUTS:
-            self._layouts.popitem(last=False)
-
-    def layout(self, number: int) -> bytes:
-        return self._layouts[number]

@@ -45,7 +45,15 @@ def on_one_process(scenario: Callable[..., Any], *args: object) -> Any:
 def under_plan(
     scenario: Callable[..., Any], *args: object, plan: Any = "0-1|2-4", num_ranks: int = 2, timeout: float = 60.0
 ) -> list[Any]:
-    """Give what ``scenario(make_trainer, *args)`` returned on each rank of a plan, in rank order."""
+    """Give what ``scenario(make_trainer, *args)`` returned on each rank of a plan, in rank order.
+
+    Args:
+        scenario: Called once per rank.
+        args: Handed on.
+        plan: What the strategy is given, or a function that makes the strategy.
+        num_ranks: How many processes.
+        timeout: Seconds after which a missing result is an error.
+    """
     return run_processes(num_ranks, _run, scenario, args, plan, num_ranks, timeout=timeout)
 
 
@@ -91,7 +99,7 @@ def _run(rank: int, scenario: Callable[..., Any], args: tuple[Any, ...], plan: A
         defaults: dict[str, Any] = {
             "accelerator": "cpu",
             "devices": num_ranks,
-            "strategy": "auto" if plan is None else PipeBDStrategy(plan=plan),
+            "strategy": "auto" if plan is None else plan() if callable(plan) else PipeBDStrategy(plan=plan),
             "max_epochs": 2,
             "logger": False,
             "enable_checkpointing": False,

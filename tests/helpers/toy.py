@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_pipebd import BlockwiseDistillationModule
+from lightning_pipebd import BlockwiseDistillationModule, Candidates
 
 __all__ = [
     "MODULES",
+    "CandidatesModule",
     "ConvModule",
     "DropoutModule",
     "LinearModule",
@@ -219,7 +220,31 @@ class TransformerModule(_ToyModule):
         super().__init__(teacher, student, teacher_blocks=teacher.blocks, student_blocks=student.blocks)
 
 
+class CandidatesModule(_ToyModule):
+    """Seven blocks in four places: a stem, three and two candidates, a head; one candidate begins in place."""
+
+    shape = (3, 8, 8)
+    tokens = False
+
+    def __init__(self) -> None:
+        teacher = _Classifier(*(nn.Sequential(*_conv(*pair)) for pair in ((3, 8), (8, 8), (8, 8))), width=8)
+        first = [
+            nn.Sequential(nn.ReLU(inplace=True), *_conv(8, 8)),
+            _separable(8, 8),
+            nn.Sequential(nn.Conv2d(8, 8, 1)),
+        ]
+        second = [nn.Sequential(*_conv(8, 8), nn.Dropout(0.3)), _separable(8, 8)]
+        student = _Classifier(_separable(3, 8), Candidates(first), Candidates(second, chosen=1), width=8)
+        paths = {f"features.{index}": f"features.{index}" for index in range(3)}
+        super().__init__(teacher, student, {**paths, "head": "head"}, target_blocks=["features.2"])
+
+    def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:
+        loss = super().block_loss(block, student_output, teacher_output)
+        return loss if targets is None else loss + 0.01 * (student_output.mean((1, 2, 3)) - targets).square().mean()
+
+
 MODULES: dict[str, Callable[[], Any]] = {
+    "candidates": CandidatesModule,
     "conv": ConvModule,
     "dropout": DropoutModule,
     "linear": LinearModule,

@@ -26,6 +26,7 @@ from tests.helpers.ranks import RankError, run_processes, run_threads
 
 NUM_RANKS = 3
 GROUPS = ((0, 2), (0, 1, 2))
+EDGES = ((0, 1), (0, 2), (1, 2), (2, 1))
 NUM_LAYOUTS = 210  # two thirds of them are more than a transport remembers
 Scenario = Callable[[Transport], Any]
 
@@ -177,6 +178,17 @@ def gather_values(transport: Transport) -> list[Any]:
     return [(value["rank"], value["tensor"].item()) for value in transport.all_gather_object(mine)]
 
 
+def send_in_memory_order(transport: Transport) -> tuple[int, ...] | None:
+    image = torch.arange(24.0).reshape(1, 2, 3, 4).to(memory_format=torch.channels_last)
+    if transport.rank == 0:
+        transport.send(Message((0, 0, 0, 0), image), 1, Lane.RELAY).wait()
+    if transport.rank != 1:
+        return None
+    received: Tensor = transport.recv(0, Lane.RELAY).tree
+    assert torch.equal(received, image)
+    return received.stride()
+
+
 SCENARIOS: list[Scenario] = [
     send_in_order,
     receive_lanes_backwards,
@@ -189,6 +201,7 @@ SCENARIOS: list[Scenario] = [
     broadcast_leaves,
     broadcast_into_view,
     gather_values,
+    send_in_memory_order,
 ]
 
 
@@ -204,17 +217,24 @@ def over_threads(function: Scenario) -> list[Any]:
     return run_threads(NUM_RANKS, call_in_thread, LocalWorld(NUM_RANKS), function)
 
 
-def call_in_process(rank: int, function: Scenario) -> Any:
+def call_in_process(rank: int, function: Scenario, shares_memory: bool) -> Any:
     torch.distributed.init_process_group("gloo")
-    return function(ProcessGroupTransport(torch.device("cpu"), groups=GROUPS))
+    device = torch.device("cpu")
+    return function(ProcessGroupTransport(device, groups=GROUPS, edges=EDGES, shares_memory=shares_memory))
 
 
-def over_processes(function: Scenario) -> list[Any]:
-    return run_processes(NUM_RANKS, call_in_process, function)
+def over_gloo(function: Scenario) -> list[Any]:
+    return run_processes(NUM_RANKS, call_in_process, function, False)
+
+
+def over_shared_memory(function: Scenario) -> list[Any]:
+    return run_processes(NUM_RANKS, call_in_process, function, True)
 
 
 @pytest.fixture(
-    scope="class", params=[over_threads, pytest.param(over_processes, marks=pytest.mark.spawn)], ids=["threads", "gloo"]
+    scope="class",
+    params=[over_threads, *(pytest.param(over, marks=pytest.mark.spawn) for over in (over_gloo, over_shared_memory))],
+    ids=["threads", "gloo", "shared memory"],
 )
 def seen(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
     """What each rank saw in each scenario."""
@@ -258,6 +278,9 @@ class TestTransport:
 
     def test_send_is_done_when_it_was_received_and_not_before(self, seen: Seen) -> None:
         assert seen["receive_late"][0] == [True, False]
+
+    def test_tensor_keeps_its_order_in_memory(self, seen: Seen) -> None:
+        assert seen["send_in_memory_order"] == [None, (24, 1, 8, 2), None]
 
     def test_reduction_sums_over_its_ranks_only(self, seen: Seen) -> None:
         everyone = (torch.bfloat16, (3,), [6.0] * 3)
@@ -312,7 +335,8 @@ def outlive_thread(rank: int, world: LocalWorld) -> dict[str, str]:
 
 def outlive_process(rank: int, path: Path) -> None:
     torch.distributed.init_process_group("gloo")
-    errors = outlive_rank_1(ProcessGroupTransport(torch.device("cpu"), groups=[(0, 1)]), partial(os._exit, 7))
+    transport = ProcessGroupTransport(torch.device("cpu"), groups=[(0, 1)], edges=[(0, 1), (1, 0)])
+    errors = outlive_rank_1(transport, partial(os._exit, 7))
     path.write_bytes(pickle.dumps(errors))
 
 

@@ -1,0 +1,200 @@
+"""Predicted against measured step times: is the simulator's number what the real runtime takes?
+
+    python benchmarks/simulated_vs_real/main.py
+
+Two ranks compute for real; four and eight ranks sleep instead of computing, so that they need no cores. Everything else
+is real: processes, transport, Lightning's loop. Each plan is measured and predicted in one run: the costs are those
+that the run itself measures before it begins, and the step time is that of its slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
+
+BATCH_SIZE = 64
+WIDTH = 1024  # 64 rows of 1024 floats: 256 KiB
+NUM_STEPS = 40
+
+#: Name of the workload -> ranks, and a plan of each family. A hybrid plan of two ranks would be the joint one.
+CASES: dict[str, tuple[int, dict[str, str]]] = {
+    "real 2": (
+        2,
+        {
+            "straight": "0-1|2-4",
+            "half cut": "0,T1|S1,2-4",
+            "fractional": "0,1:1/4|1:3/4,2-4",
+            "joint": "joint",
+        },
+    ),
+    "sleeping 4": (
+        4,
+        {
+            "straight": "0|1-2|3-4|5",
+            "hybrid": "0-1*2|2-4|5",
+            "half cut": "0,T1|S1,2|3,T4|S4,5",
+            "fractional": "0,1:1/2|1:1/2,2|3,4:1/2|4:1/2,5",
+            "joint": "joint",
+        },
+    ),
+    "sleeping 8": (
+        8,
+        {
+            "straight": "0|1|2|3|4|5|6-7|8-9",
+            "hybrid": "0-1*2|2-3*2|4-5*2|6-7|8-9",
+            "half cut": "0,T1|S1|2,T3|S3|4,T5|S5|6-7|8-9",
+            "fractional": "0,1:1/4|1:3/4|2,3:1/4|3:3/4|4,5:1/4|5:3/4|6-7|8-9",
+            "joint": "joint",
+        },
+    ),
+}
+
+
+class Sleep(torch.autograd.Function):
+    """Sleeps in the forward pass, and twice as long in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, ms_per_row: float) -> Tensor:
+        """Sleep for every row."""
+        ctx.seconds = ms_per_row * len(x) / 1000
+        time.sleep(ctx.seconds)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        """Sleep twice as long."""
+        time.sleep(2 * ctx.seconds)
+        return None, gradient.sum().reshape(1), None
+
+
+class SleepingBlock(nn.Module):
+    """Computes next to nothing, slowly: a time per row and a little per call."""
+
+    def __init__(self, ms_per_row: float) -> None:
+        super().__init__()
+        self.ms_per_row = ms_per_row
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.001)
+        return Sleep.apply(x, self.scale, self.ms_per_row)
+
+
+def sleeping(num_blocks: int) -> tuple[nn.Module, nn.Module, list[str]]:
+    """Teacher and student whose blocks differ by a factor of two."""
+    times = [0.15 * (1 + block % 3 / 2) for block in range(num_blocks)]
+    teacher = nn.Sequential(*(SleepingBlock(ms) for ms in times))
+    student = nn.Sequential(*(SleepingBlock(ms) for ms in times))
+    return teacher, student, [str(block) for block in range(num_blocks)]
+
+
+def computing() -> tuple[nn.Module, nn.Module, list[str]]:
+    """Teacher and student of convolutions."""
+
+    def network(width: int) -> nn.Sequential:
+        widths = [(3, width), (width, 2 * width), (2 * width, 2 * width), (2 * width, 2 * width)]
+        stages = [
+            nn.Sequential(
+                nn.Conv2d(*pair, 3, padding=1), nn.ReLU(), nn.Conv2d(pair[1], pair[1], 3, padding=1), nn.ReLU()
+            )
+            for pair in widths
+        ]
+        return nn.Sequential(*stages, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 10)))
+
+    return network(32), network(32), [str(block) for block in range(5)]
+
+
+class Distil(BlockwiseDistillationModule):
+    """The models of a workload."""
+
+    def __init__(self, workload: str) -> None:
+        kind, ranks = workload.split()
+        teacher, student, paths = computing() if kind == "real" else sleeping(6 if ranks == "4" else 10)
+        super().__init__(teacher, student, dict(zip(paths, paths, strict=True)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.trainable_parameters(), lr=1e-4)
+
+
+def train(workload: str, family: str, report: str) -> None:
+    """One run, as a user would start it."""
+    seed_everything(0, verbose=False)
+    ranks, plans = CASES[workload]
+    is_real = workload.startswith("real")
+    shape = (3, 12, 12) if is_real else (WIDTH,)
+    data = TensorDataset(torch.randn(BATCH_SIZE, 1).expand(-1, torch.Size(shape).numel()).reshape(BATCH_SIZE, *shape))
+    indices = [list(range(BATCH_SIZE))] * NUM_STEPS
+    # A memory limit beyond all needs has the costs of a given plan measured.
+    strategy = PipeBDStrategy(plan=plans[family], memory_limit="1TiB")
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=ranks,
+        strategy=strategy,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Distil(workload), DataLoader(data, batch_sampler=indices))
+    assert strategy.outlook is not None
+    assert strategy.session is not None
+    if trainer.is_global_zero:
+        result = (strategy.outlook.step_time_ms, strategy.session.step_time_ms)
+        Path(report).write_text(json.dumps(result))
+
+
+def run(workload: str, family: str, folder: str) -> tuple[float, float]:
+    """Start one run with one thread per process and nothing in the cache; give predicted and measured ms."""
+    report = f"{folder}/report.json"
+    command = [sys.executable, __file__, "--run", workload, family, report]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PIPEBD_CACHE": "", "PYTHONWARNINGS": "ignore"}
+    subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    predicted, measured = json.loads(Path(report).read_text())
+    return predicted, measured
+
+
+def main() -> None:
+    """Interleave all plans, and print medians."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workloads", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--plans", nargs="+", help="families of plans; all by default")
+    parser.add_argument("--run", nargs=3, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        train(*arguments.run)
+        return
+    sys.stdout.write("workload    plan         predicted ms  measured ms  measured / predicted (all runs)\n")
+    with tempfile.TemporaryDirectory() as folder:
+        for workload in arguments.workloads:
+            families = [family for family in CASES[workload][1] if family in (arguments.plans or CASES[workload][1])]
+            found: dict[str, list[tuple[float, float]]] = {family: [] for family in families}
+            for _ in range(arguments.repeats):
+                for family, results in found.items():
+                    results.append(run(workload, family, folder))
+            for family, results in found.items():
+                predicted, measured = (statistics.median(values) for values in zip(*results, strict=True))
+                ratios = " ".join(f"{real / foreseen:.3f}" for foreseen, real in results)
+                sys.stdout.write(
+                    f"{workload:12}{family:12}{predicted:14.2f}{measured:13.2f}{measured / predicted:9.3f} ({ratios})\n"
+                )
+
+
+if __name__ == "__main__":
+    main()

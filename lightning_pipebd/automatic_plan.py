@@ -1,0 +1,227 @@
+"""From what the user asked for to the plan of a fit: given, or found from measured costs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch.optim import Optimizer
+
+from lightning_pipebd.cost_tables import MeasurementCache, load_measurement
+from lightning_pipebd.lightning_internals import ProcessGroupStrategy, set_device, without_train_loader
+from lightning_pipebd.measuring import Bench, Machine, block_traits, count_batch_rows, find_cluster, measure_module
+from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.planning.cluster import Cluster
+from lightning_pipebd.planning.costs import CostTable
+from lightning_pipebd.planning.curve import CostError
+from lightning_pipebd.planning.explain import Exactness, explain_plan
+from lightning_pipebd.planning.measurement import Measurement
+from lightning_pipebd.planning.outlook import Outlook, check_exactness
+from lightning_pipebd.planning.plan import Plan
+from lightning_pipebd.planning.quantities import parse_bytes
+from lightning_pipebd.plans import resolve_plan
+from lightning_pipebd.runtime.agreement import done_by_rank_zero
+from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
+from lightning_pipebd.runtime.transport import Transport
+
+__all__ = ["FoundPlan", "PlanFinder", "UnreadLoader", "explain_found", "find_plan_of_fit"]
+
+_LEVELS = (Exactness.BITWISE, Exactness.SUMMATION)
+
+
+class FoundPlan(NamedTuple):
+    """The plan of a fit.
+
+    Args:
+        plan: The plan.
+        outlook: What is foreseen of it; `None` if nothing was measured.
+    """
+
+    plan: Plan
+    outlook: Outlook | None
+
+
+class UnreadLoader:
+    """Stands for the user's loader while nothing may be loaded: tells its length, and yields nothing."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class PlanFinder:
+    """Knows what the user said about the plan, and finds what was left open.
+
+    Args:
+        plan: What the user gave; `None` to have one found.
+        exactness: Class of exactness that the plan must have at least; `None` for `"summation"`.
+        memory_limit: Bytes that each rank may use.
+        costs: Costs to use instead of measuring.
+        max_in_flight: Steps by which a rank may run ahead.
+
+    Raises:
+        ValueError: An option has no such value.
+    """
+
+    def __init__(
+        self,
+        plan: str | dict[str, Any] | Plan | None,
+        *,
+        exactness: str | None,
+        memory_limit: str | int | None,
+        costs: str | CostTable | Measurement | None,
+        max_in_flight: int,
+    ) -> None:
+        if exactness is not None and exactness not in [level.value for level in _LEVELS]:
+            raise ValueError(
+                f"`exactness` must be 'bitwise' or 'summation', but is {exactness!r}. A plan that changes the "
+                "statistics of a block is never chosen; give such a plan yourself."
+            )
+        self._given = plan
+        self._exactness = None if exactness is None else Exactness(exactness)
+        self._memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
+        self._costs = load_measurement(costs) if isinstance(costs, (str, Path)) else costs
+        self._max_in_flight = max_in_flight
+
+    def given_plan(self, module: BlockwiseDistillationModule, num_ranks: int) -> Plan | None:
+        """Give the plan as far as it is known without measuring.
+
+        Raises:
+            PlanError: The given plan does not fit the module or the ranks.
+        """
+        if self._given is not None:
+            return resolve_plan(self._given, module, num_ranks)
+        # One rank leaves no choice.
+        return Plan.straight([module.num_blocks]) if num_ranks == 1 else None
+
+    def check(self, plan: Plan | None, module: BlockwiseDistillationModule, strategy: ProcessGroupStrategy) -> None:
+        """Raise for what is known to be wrong before anything is measured.
+
+        Raises:
+            PlanError: The given plan is less exact than was asked for.
+            CostError: The costs are of another number of blocks.
+        """
+        if isinstance(self._costs, (CostTable, Measurement)):
+            table = self._costs.costs if isinstance(self._costs, Measurement) else self._costs
+            if table.num_blocks != module.num_blocks:
+                raise CostError(
+                    f"`costs` must describe the module's {module.num_blocks} blocks, but describe {table.num_blocks}. "
+                    "Measure this module."
+                )
+        if plan is not None and self._exactness is not None:
+            traits = block_traits(module, is_synchronised=_synchronises_norms(strategy))
+            check_exactness(plan, traits, self._exactness)
+
+    def find(
+        self,
+        bench: Bench,
+        machines: Sequence[Machine],
+        make_optimizers: Callable[[], Sequence[Optimizer]],
+    ) -> FoundPlan:
+        """**Collective** over all ranks: give the plan, the same on every rank; measure if that is needed.
+
+        Args:
+            bench: What to measure with.
+            machines: Of every rank.
+            make_optimizers: Makes the user's optimizers, for measuring only.
+
+        Raises:
+            PlanError: Nothing fits the memory, or the given plan does not.
+        """
+        given = self.given_plan(bench.module, len(machines))
+        if given is not None and self._costs is None and self._memory_limit is None:
+            return FoundPlan(given, None)
+        measurement = self._measure(bench, machines, make_optimizers)
+        if measurement is None:
+            # Nothing to train on: Lightning will say so.
+            return FoundPlan(given or Plan.straight([bench.module.num_blocks, *[0] * (len(machines) - 1)]), None)
+        cluster = _fitting_cluster(find_cluster(machines, self._memory_limit), measurement.costs)
+        outlook = done_by_rank_zero(bench.transport, lambda: self._look(given, measurement, cluster))
+        return FoundPlan(outlook.plan, outlook)
+
+    def _look(self, given: Plan | None, measurement: Measurement, cluster: Cluster) -> Outlook:
+        if given is not None:
+            outlook = Outlook(plan=given, measurement=measurement, cluster=cluster, max_in_flight=self._max_in_flight)
+            outlook.check_memory()
+            return outlook
+        return Outlook.find(measurement, cluster, exactness=self._exactness, max_in_flight=self._max_in_flight)
+
+    def _measure(
+        self, bench: Bench, machines: Sequence[Machine], make_optimizers: Callable[[], Sequence[Optimizer]]
+    ) -> Measurement | None:
+        if self._costs is None:
+            with warnings.catch_warnings():
+                # Made again for training, where they are heard.
+                warnings.simplefilter("ignore")
+                optimizers = make_optimizers()
+            return measure_module(bench, optimizers, machines, num_ranks=len(machines), cache=MeasurementCache())
+        module = bench.module
+        if isinstance(self._costs, CostTable):
+            num_rows = count_batch_rows(bench)
+            known = None if num_rows is None else Measurement(costs=self._costs, num_rows=num_rows)
+        else:
+            known = self._costs
+        # What the module is counts, not what the file says of it.
+        traits = tuple(block_traits(module, is_synchronised=bench.is_synchronised))
+        return None if known is None else replace(known, traits=traits, target_blocks=tuple(module.target_blocks))
+
+
+def _fitting_cluster(cluster: Cluster, costs: CostTable) -> Cluster:
+    """Take costs that were measured on one class of devices for those of all ranks."""
+    known = [device.device_class for device in costs.devices]
+    if len(known) > 1 or all(name in known for name in cluster.device_class):
+        return cluster
+    return replace(cluster, device_class=(known[0],) * cluster.num_ranks)
+
+
+def explain_found(found: FoundPlan, module: BlockwiseDistillationModule, *, is_synchronised: bool) -> str:
+    """Say what a fit's plan does, and what is foreseen of it."""
+    if found.outlook is not None:
+        return str(found.outlook)
+    traits = module.block_pairs.traits(module.example_input_array, is_synchronised=is_synchronised)
+    return explain_plan(found.plan, traits, target_blocks=module.target_blocks)
+
+
+def _synchronises_norms(strategy: ProcessGroupStrategy) -> bool:
+    # torch has no synchronised BatchNorm for CPU.
+    return strategy.layer_sync and strategy.root_device.type != "cpu"
+
+
+def find_plan_of_fit(
+    strategy: ProcessGroupStrategy,
+    finder: PlanFinder,
+    trainer: Trainer,
+    module: BlockwiseDistillationModule,
+    transport: Transport,
+) -> FoundPlan:
+    """**Collective** over all ranks: give the plan of a fit that is being set up."""
+    bench = Bench(
+        trainer=trainer,
+        module=module,
+        transport=transport,
+        plugin=strategy.precision_plugin,
+        device=strategy.root_device,
+        to_device=strategy.batch_to_device,
+        is_synchronised=_synchronises_norms(strategy),
+        tell=rank_zero_info,
+    )
+    machines = transport.all_gather_object(tuple(Machine.here(strategy.root_device, strategy.node_rank)))
+
+    def make_optimizers() -> list[Optimizer]:
+        set_device(module, strategy.root_device)
+        with preserved_random_states(), untouched((), alone=[module]), without_train_loader(trainer):
+            ProcessGroupStrategy.setup_optimizers(strategy, trainer)
+        optimizers, strategy.optimizers, strategy.lr_scheduler_configs = strategy.optimizers, [], []
+        return optimizers
+
+    return finder.find(bench, [Machine(*machine) for machine in machines], make_optimizers)

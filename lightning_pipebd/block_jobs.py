@@ -1,0 +1,54 @@
+"""The jobs of a module's blocks, under the trainer's precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.plugins import Precision
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.scaling import BlockScalers
+
+__all__ = ["BlockJobs"]
+
+
+class BlockJobs:
+    """The module's blocks under the trainer's precision, as the executor wants them.
+
+    Args:
+        module: Teacher, student and losses.
+        plugin: The trainer's precision plugin.
+        scalers: Scales of the losses; `None` scales nothing.
+    """
+
+    def __init__(
+        self, module: BlockwiseDistillationModule, plugin: Precision, scalers: BlockScalers | None = None
+    ) -> None:
+        self._module = module
+        self._plugin = plugin
+        self._scalers = scalers
+        self.optimizer: Optimizer | None = None
+        self.batch_idx = 0
+        self.num_accumulated = 1
+
+    def teach(self, block: int, boundary: Any) -> Any:
+        """Give the next boundary."""
+        with self._plugin.train_step_context():
+            return self._module.teach(block, boundary)
+
+    def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
+        """Add the gradients of some rows' part of the batch's mean loss; give that part, detached."""
+        is_part = rows.num_rows < num_rows
+        first_row = rows.start if is_part else 0
+        with self._plugin.train_step_context():
+            loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
+        if is_part:
+            loss = loss * (rows.num_rows / num_rows)
+        scaled = loss / self.num_accumulated
+        if self._scalers is not None:
+            scaled = self._scalers.scale(block, scaled)
+        self._plugin.backward(scaled, self._module, self.optimizer)
+        return loss.detach()

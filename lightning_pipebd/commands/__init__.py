@@ -1,0 +1,1 @@
+"""What the command line offers beside LightningCLI's own commands, one file each."""

@@ -1,0 +1,372 @@
+"""Measuring a module under a trainer: what the profiler needs of both, and one table of the findings of all ranks."""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import Precision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from lightning_pipebd.block_jobs import BlockJobs
+from lightning_pipebd.cost_tables import MeasurementCache
+from lightning_pipebd.first_batch import FirstBatch, only_loader, peek
+from lightning_pipebd.lightning_internals import request_train_loader
+from lightning_pipebd.measurement_key import measurement_key
+from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.planning.cluster import Cluster
+from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, CostTable, DeviceTimes, LinkCost, Overheads
+from lightning_pipebd.planning.explain import BlockTraits
+from lightning_pipebd.planning.measurement import Measurement
+from lightning_pipebd.runtime.agreement import done_by_all, done_by_rank_zero
+from lightning_pipebd.runtime.link_probe import measure_links, probe_edges, probe_groups
+from lightning_pipebd.runtime.optimizer_costs import measure_updates
+from lightning_pipebd.runtime.partition import has_batch_statistics, is_stochastic
+from lightning_pipebd.runtime.profiler import BlockParts, BlockProfile, measured_row_counts, profile_blocks
+from lightning_pipebd.runtime.row_trees import count_rows
+from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
+from lightning_pipebd.runtime.transport import Lane, Message, Transport
+
+__all__ = ["Bench", "Machine", "block_traits", "count_batch_rows", "find_cluster", "measure_module"]
+
+# A table is used in any case: beyond this, more noise would only make the choice more timid.
+_SECONDS_BETWEEN_NEWS = 2.0
+_LEAST_NOISE, _MOST_NOISE = 0.01, 0.1
+
+
+class Machine(NamedTuple):
+    """What a rank computes on.
+
+    Args:
+        device_class: Model of the device.
+        node: Number of its node.
+        num_threads: Threads with which it computes.
+        memory_bytes: What the device has free; `None` where nobody counts.
+    """
+
+    device_class: str
+    node: int
+    num_threads: int
+    memory_bytes: int | None
+
+    @classmethod
+    def here(cls, device: torch.device, node: int) -> Machine:
+        """Describe this rank."""
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            held = torch.cuda.memory_reserved(device)
+            return cls(torch.cuda.get_device_name(device), node, torch.get_num_threads(), free + held)
+        return cls(_processor(), node, torch.get_num_threads(), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What a module is measured with.
+
+    Args:
+        trainer: Its trainer.
+        module: The module, attached to the trainer.
+        transport: Reaches the other ranks.
+        plugin: The trainer's precision plugin.
+        device: Where this rank computes.
+        to_device: Brings a batch to the device, as the strategy does in training.
+        is_synchronised: Whether shared blocks take their batch statistics over all rows.
+        tell: Called with the progress in words, on rank 0.
+    """
+
+    trainer: Trainer
+    module: BlockwiseDistillationModule
+    transport: Transport
+    plugin: Precision
+    device: torch.device
+    to_device: Callable[[Any], Any]
+    is_synchronised: bool
+    tell: Callable[[str], None]
+
+
+def find_cluster(machines: Sequence[Machine], memory_limit_bytes: int | None) -> Cluster:
+    """Describe the ranks; a limit of `None` is what each device has free."""
+    return Cluster(
+        device_class=tuple(machine.device_class for machine in machines),
+        node=tuple(machine.node for machine in machines),
+        memory_limit_bytes=tuple(memory_limit_bytes or machine.memory_bytes for machine in machines),
+    )
+
+
+def block_traits(module: BlockwiseDistillationModule, *, is_synchronised: bool) -> list[BlockTraits]:
+    """Say of each block, its adapters included, what decides how exactly a plan repeats one process."""
+    return [
+        replace(
+            trait,
+            has_batch_statistics=trait.has_batch_statistics or any(map(has_batch_statistics, adapters)),
+            is_stochastic=trait.is_stochastic or any(map(is_stochastic, adapters)),
+        )
+        for trait, adapters in zip(
+            module.block_pairs.traits(is_synchronised=is_synchronised), _adapters(module), strict=True
+        )
+    ]
+
+
+def measure_module(
+    bench: Bench,
+    optimizers: Sequence[Optimizer],
+    machines: Sequence[Machine],
+    *,
+    num_ranks: int,
+    cache: MeasurementCache | None = None,
+) -> Measurement | None:
+    """**Collective** over all ranks: measure everything a plan is judged by, or find it in the cache.
+
+    Args:
+        bench: What to measure with.
+        optimizers: The user's, over all parameters.
+        machines: Of every rank.
+        num_ranks: Ranks for which plans will be sought: their equal part of a batch is measured, too.
+        cache: Where measurements are kept; `None` keeps none.
+
+    Returns:
+        The same on every rank; `None` if there is no batch to train on.
+
+    Raises:
+        ValueError: The loader can be iterated only once, and the module has no example input.
+    """
+    with preserved_random_states():
+        first = _share_batch(bench)
+        if first.batch is None:
+            return None
+        inputs, labels = _bring(bench, first.batch)
+    num_rows = count_rows(inputs)
+    key = measurement_key(
+        bench.module,
+        (inputs, labels),
+        optimizers,
+        bench.plugin,
+        machines=[machine[:3] for machine in machines],
+        num_ranks=num_ranks,
+        is_synchronised=bench.is_synchronised,
+    )
+    known = done_by_rank_zero(bench.transport, lambda: cache.find(key) if cache else None)
+    if known is not None:
+        bench.tell(f"Costs measured before are in {cache.path(key) if cache else ''}.")
+        # Loading is the one thing that no key can name.
+        return replace(known, costs=replace(known.costs, loader=first.loader))
+    bench.tell(f"Measuring {bench.module.num_blocks} blocks on a batch of {num_rows} rows.")
+    start = time.perf_counter()
+    measurement = _measure(bench, optimizers, machines, (inputs, labels), first, num_ranks)
+    bench.tell(f"Measured in {time.perf_counter() - start:.1f} s.")
+    if cache is not None and bench.transport.rank == 0:
+        cache.keep(key, measurement)
+    return measurement
+
+
+def count_batch_rows(bench: Bench) -> int | None:
+    """**Collective** over all ranks: count the rows of the first batch; `None` if there is none."""
+    with preserved_random_states():
+        first = _share_batch(bench)
+        return None if first.batch is None else count_rows(_bring(bench, first.batch)[0])
+
+
+# The batch.
+
+
+def _share_batch(bench: Bench) -> FirstBatch:
+    transport = bench.transport
+    # On every rank: a hook of the user's may wait for the other ranks.
+    loader = only_loader(request_train_loader(bench.trainer))
+
+    def look() -> FirstBatch:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            first = peek(loader)
+        return first if first.is_known else _example(bench)
+
+    batches: list[Any] = []
+
+    def look_and_keep() -> FirstBatch:
+        found = look()
+        batches.append(found.batch)
+        # The batch itself is too large for an exchange of objects.
+        return found._replace(batch=None)
+
+    found = done_by_rank_zero(transport, look_and_keep)
+    if transport.rank:
+        batches.append(transport.recv(0, Lane.STATE).tree)
+    else:
+        for peer in range(1, transport.num_ranks):
+            transport.send(Message((0, 0, 0, 0), batches[0]), peer, Lane.STATE).wait()
+    return found._replace(batch=batches[0])
+
+
+def _example(bench: Bench) -> FirstBatch:
+    example = bench.module.example_input_array
+    if example is None or bench.module.target_blocks:
+        msg = (
+            "`plan` must be given if the training data is an iterator that runs only once: looking at its first batch "
+            "would take that batch away. Give a plan, a loader that can be iterated again, or (without "
+            "`target_blocks`) an `example_input_array` of a whole batch."
+        )
+        raise ValueError(msg)
+    return FirstBatch(example)
+
+
+def _bring(bench: Bench, batch: Any) -> tuple[Any, Any]:
+    converted = bench.to_device(bench.plugin.convert_input(batch))
+    return bench.module.unpack_batch(converted)
+
+
+# The measuring.
+
+
+class _Findings(NamedTuple):
+    """What one rank measured."""
+
+    profile: BlockProfile
+    update_ms: dict[int, float]
+    optimizer_bytes: dict[int, int]
+    step_ms: float
+
+
+def _measure(
+    bench: Bench,
+    optimizers: Sequence[Optimizer],
+    machines: Sequence[Machine],
+    batch: tuple[Any, Any],
+    first: FirstBatch,
+    num_ranks: int,
+) -> Measurement:
+    transport = bench.transport
+    nodes = [machine.node for machine in machines]
+    transport.connect(probe_edges(nodes), probe_groups(len(nodes)))
+    links = measure_links(transport, nodes, bench.device, num_threads=machines[0].num_threads)
+    peers = [rank for rank, other in enumerate(machines) if other.device_class == machines[transport.rank].device_class]
+    own = range(peers.index(transport.rank), bench.module.num_blocks, len(peers))
+    findings = done_by_all(transport, lambda: _measure_own(bench, optimizers, batch, list(own), num_ranks))
+    return done_by_rank_zero(transport, lambda: _put_together(bench, machines, batch, first, links, findings))
+
+
+def _measure_own(
+    bench: Bench, optimizers: Sequence[Optimizer], batch: tuple[Any, Any], own: list[int], num_ranks: int
+) -> _Findings:
+    module = bench.module
+    num_rows = count_rows(batch[0])
+    others = [child for name, child in module.named_children() if name not in ("student", "adapters")]
+    with untouched(others, alone=[module]), module.not_logging():
+        profile = profile_blocks(
+            BlockJobs(module, bench.plugin),
+            _block_parts(module, is_synchronised=bench.is_synchronised),
+            *batch,
+            num_rows=num_rows,
+            row_counts=measured_row_counts(num_rows, num_ranks),
+            own=own,
+            device=bench.device,
+            tell=_Progress(bench.tell),
+        )
+    updates = measure_updates(optimizers, [module.block_parameters(block) for block in own], bench.device)
+    return _Findings(
+        profile,
+        dict(zip(own, updates.update_ms, strict=True)),
+        dict(zip(own, updates.optimizer_bytes, strict=True)),
+        updates.step_ms,
+    )
+
+
+class _Progress:
+    """Passes progress on every few seconds."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._last = time.perf_counter()
+
+    def __call__(self, text: str) -> None:
+        now = time.perf_counter()
+        if now - self._last >= _SECONDS_BETWEEN_NEWS:
+            self._last = now
+            self._tell(f"Measuring: {text}.")
+
+
+def _block_parts(module: BlockwiseDistillationModule, *, is_synchronised: bool) -> list[BlockParts]:
+    pairs = module.block_pairs
+    traits = block_traits(module, is_synchronised=is_synchronised)
+    return [
+        BlockParts(
+            name=trait.name,
+            teacher=pairs.teacher.blocks[block],
+            student=(pairs.student.blocks[block], *adapters),
+            parameters=tuple(module.block_parameters(block)),
+            is_divisible=not trait.is_stochastic and (not trait.has_batch_statistics or trait.is_synchronised),
+        )
+        for block, (trait, adapters) in enumerate(zip(traits, _adapters(module), strict=True))
+    ]
+
+
+def _adapters(module: BlockwiseDistillationModule) -> list[list[nn.Module]]:
+    sides = ("input", "output")
+    return [
+        [module.adapters[f"{side}_{block}"] for side in sides if f"{side}_{block}" in module.adapters]
+        for block in range(module.num_blocks)
+    ]
+
+
+def _put_together(
+    bench: Bench,
+    machines: Sequence[Machine],
+    batch: tuple[Any, Any],
+    first: FirstBatch,
+    links: tuple[LinkCost, LinkCost],
+    findings: Sequence[_Findings],
+) -> Measurement:
+    num_rows, module = count_rows(batch[0]), bench.module
+    boundary_bytes = findings[0].profile.boundary_bytes_per_row
+    classes: dict[str, dict[int, BlockTimes]] = {}
+    sizes: dict[int, BlockSizes] = {}
+    for machine, found in zip(machines, findings, strict=True):
+        times = classes.setdefault(machine.device_class, {})
+        for block, own in found.profile.blocks.items():
+            times[block] = replace(own.times, update_ms=found.update_ms[block])
+            sizes[block] = replace(own.sizes, optimizer_bytes=found.optimizer_bytes[block])
+    labels = [leaf for leaf in pytree.tree_leaves(batch[1]) if isinstance(leaf, Tensor)]
+    uncertainty = max(found.profile.uncertainty for found in findings)
+    costs = CostTable(
+        blocks=tuple(sizes[block] for block in range(module.num_blocks)),
+        devices=tuple(
+            DeviceTimes(device_class=name, blocks=tuple(times[block] for block in range(module.num_blocks)))
+            for name, times in classes.items()
+        ),
+        boundary_bytes_per_row=boundary_bytes,
+        target_bytes_per_row=sum(leaf.nbytes for leaf in labels) // num_rows if module.target_blocks else 0,
+        loader=first.loader,
+        same_node=links[0],
+        other_node=links[1],
+        overheads=Overheads(step_ms=findings[0].step_ms),
+        noise=min(max(uncertainty, _LEAST_NOISE), _MOST_NOISE),
+    )
+    traits = block_traits(module, is_synchronised=bench.is_synchronised)
+    coupled = {block for found in findings for block in found.profile.coupled}
+    return Measurement(
+        costs=costs,
+        num_rows=num_rows,
+        traits=tuple(
+            replace(trait, boundary_bytes_per_row=boundary_bytes[block + 1], couples_rows=block in coupled)
+            for block, trait in enumerate(traits)
+        ),
+        target_blocks=tuple(module.target_blocks),
+        whole_reason=next((found.profile.whole_reason for found in findings if found.profile.whole_reason), ""),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "") or platform.machine() or "cpu"

@@ -1,0 +1,188 @@
+"""The outlook: what a plan is predicted to take, beside what else could have been, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from lightning_pipebd.planning.bounds import Bounds, find_bounds
+from lightning_pipebd.planning.cluster import Cluster
+from lightning_pipebd.planning.explain import BlockTraits, Exactness, exactness_of, exactness_reasons, explain_plan
+from lightning_pipebd.planning.families import Family
+from lightning_pipebd.planning.judge import Judge, Judgement
+from lightning_pipebd.planning.measurement import Measurement
+from lightning_pipebd.planning.plan import Plan, PlanError
+from lightning_pipebd.planning.planner import PlanChoice
+from lightning_pipebd.planning.quantities import format_bytes
+
+__all__ = ["Outlook", "check_exactness"]
+
+_COMPARED = {
+    Family.JOINT: "joint, all blocks on every rank",
+    Family.STRAIGHT: "straight, whole blocks in a row",
+    Family.SINGLE: "one device",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """What is foreseen of a plan.
+
+    Args:
+        plan: The plan.
+        measurement: What the prediction is made of.
+        cluster: The ranks.
+        max_in_flight: Steps by which a rank may run ahead.
+        choice: The planner's choice; `None` for a plan that was given.
+        exactness_wanted: What the planner was told; see :func:`find_plan`.
+    """
+
+    plan: Plan
+    measurement: Measurement
+    cluster: Cluster
+    max_in_flight: int = 2
+    choice: PlanChoice | None = None
+    exactness_wanted: Exactness | str | None = None
+
+    @classmethod
+    def find(
+        cls,
+        measurement: Measurement,
+        cluster: Cluster,
+        *,
+        exactness: Exactness | str | None = None,
+        max_in_flight: int = 2,
+    ) -> Outlook:
+        """Find the best plan; see :meth:`Measurement.find_plan`.
+
+        Raises:
+            PlanError: Nothing fits the memory.
+        """
+        choice = measurement.find_plan(cluster, exactness=exactness, max_in_flight=max_in_flight)
+        return cls(
+            plan=choice.plan,
+            measurement=measurement,
+            cluster=cluster,
+            max_in_flight=max_in_flight,
+            choice=choice,
+            exactness_wanted=exactness,
+        )
+
+    @cached_property
+    def judgement(self) -> Judgement:
+        """What the simulator says of the plan."""
+        return self._judge.judge(self.plan)
+
+    @property
+    def step_time_ms(self) -> float:
+        """Predicted time of a step."""
+        return self.judgement.step_time_ms
+
+    @property
+    def exactness(self) -> Exactness:
+        """The plan's class of exactness."""
+        return exactness_of(self.plan, self.measurement.traits)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Step times that no plan can be below."""
+        if self.choice is not None:
+            return self.choice.bounds
+        return find_bounds(self.measurement.costs, self.cluster, num_rows=self.measurement.num_rows)
+
+    @property
+    def _judge(self) -> Judge:
+        return Judge(
+            costs=self.measurement.costs,
+            cluster=self.cluster,
+            num_rows=self.measurement.num_rows,
+            target_blocks=self.measurement.target_blocks,
+            max_in_flight=self.max_in_flight,
+        )
+
+    def check_memory(self) -> None:
+        """Raise if the plan does not fit.
+
+        Raises:
+            PlanError: A rank needs more memory than it may use; the message has the numbers.
+        """
+        if not self._judge.fits(self.judgement.memory):
+            raise PlanError(
+                f"`plan` must fit the memory of every rank, but {self._judge.describe_memory(self.judgement.memory)}. "
+                "Leave the plan out to have one found that fits, or raise `memory_limit`."
+            )
+
+    def __str__(self) -> str:
+        measurement = self.measurement
+        explained = explain_plan(
+            self.plan,
+            measurement.traits,
+            num_rows=measurement.num_rows,
+            input_bytes_per_row=measurement.costs.boundary_bytes_per_row[0],
+            target_blocks=measurement.target_blocks,
+        )
+        return "\n".join([*self._block_lines(), "", *self._prediction_lines(), "", explained])
+
+    def _block_lines(self) -> Iterator[str]:
+        costs, rows = self.measurement.costs, self.measurement.num_rows
+        for device in costs.devices:
+            yield f"measured at {rows} rows on {device.device_class} (noise {costs.noise:.1%}):"
+            table = [["block", "teach ms", "learn ms", "update ms", "boundary", "parameters", "activations"]]
+            for index, (block, times) in enumerate(zip(costs.blocks, device.blocks, strict=True)):
+                table.append(
+                    [
+                        f"{index} ({block.name})",
+                        f"{times.teach_ms.at(rows):.4g}",
+                        f"{times.learn_ms.at(rows):.4g}",
+                        f"{times.update_ms:.4g}",
+                        format_bytes(costs.boundary_bytes_per_row[index + 1] * rows),
+                        format_bytes(block.teacher_parameter_bytes + block.student_parameter_bytes),
+                        format_bytes(block.learn_bytes_per_row * rows),
+                    ]
+                )
+            yield from (f"  {line}" for line in _columns(table))
+
+    def _prediction_lines(self) -> Iterator[str]:
+        mine = self.step_time_ms
+        kind = f"{self.choice.family} plan" if self.choice else "given plan"
+        yield f"predicted: {mine:.4g} ms per step ({kind})"
+        yield f"  {self.bounds.step_time_ms:.4g} ms: no plan can be faster ({self._efficiency():.0%} of the prediction)"
+        if self.choice is not None:
+            found = {candidate.family: candidate for candidate in self.choice.alternatives}
+            why = dict(self.choice.skipped)
+            for family, words in _COMPARED.items():
+                if family in found:
+                    other = found[family].step_time_ms
+                    yield f"  {other:.4g} ms: {words}" + (f" ({other / mine:.3g} times)" if mine else "")
+                else:
+                    yield f"  {words}: none, {why.get(family, 'not searched')}"
+            yield f"  {self.choice.reason}"
+        if self.measurement.whole_reason:
+            yield f"  No rows are divided: {self.measurement.whole_reason}"
+        yield from (f"  limit: {limit}" for limit in self.judgement.limits)
+        uses = (f"rank {rank} {format_bytes(use.total_bytes)}" for rank, use in enumerate(self.judgement.memory))
+        yield f"  memory: {', '.join(uses)}"
+
+    def _efficiency(self) -> float:
+        return self.bounds.step_time_ms / self.step_time_ms if self.step_time_ms else 1.0
+
+
+def check_exactness(plan: Plan, traits: Sequence[BlockTraits], level: Exactness) -> None:
+    """Raise if a plan is less exact than it must be.
+
+    Raises:
+        PlanError: Names the worst block.
+    """
+    order = list(Exactness)
+    if order.index(exactness_of(plan, traits)) > order.index(level):
+        worst = max(exactness_reasons(plan, traits), key=lambda reason: order.index(reason.exactness))
+        raise PlanError(
+            f"`plan` must be {level}, because `exactness` says so, but {worst.sentence} "
+            "Leave one of both out, or keep that block's rows together."
+        )
+
+
+def _columns(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

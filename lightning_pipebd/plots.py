@@ -1,0 +1,128 @@
+"""Pictures of timelines, predicted and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lightning_pipebd.planning.program import Kind
+from lightning_pipebd.planning.simulate import Simulation
+
+__all__ = ["DrawnSpan", "check_plots", "draw_timelines", "predicted_spans"]
+
+_COLOURS = {
+    Kind.LOAD: "#bab0ac",
+    Kind.RECV: "#76b7b2",
+    Kind.TEACH: "#4e79a7",
+    Kind.SEND: "#59a14f",
+    Kind.LEARN: "#f28e2b",
+    Kind.REDUCE: "#e15759",
+    Kind.UPDATE: "#b07aa1",
+}
+_LEAST_LABELLED = 0.02
+
+
+class DrawnSpan(NamedTuple):
+    """A rank's thread at one action.
+
+    Args:
+        rank: The rank.
+        kind: What it did.
+        label: What is written on it.
+        start_ms: When it turned to the action.
+        stop_ms: When it was done.
+        wait_ms: How much of that, from the start, was waiting; drawn hatched.
+    """
+
+    rank: int
+    kind: Kind
+    label: str
+    start_ms: float
+    stop_ms: float
+    wait_ms: float = 0.0
+
+
+def check_plots() -> None:
+    """Raise unless pictures can be drawn.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    _pyplot()
+
+
+def predicted_spans(simulation: Simulation) -> list[DrawnSpan]:
+    """Give a simulation's timeline."""
+    return [
+        DrawnSpan(
+            span.rank,
+            span.action.kind,
+            _label(span.action.kind, span.action.index),
+            span.start_ms,
+            span.stop_ms,
+            span.wait_ms,
+        )
+        for span in simulation.timeline
+    ]
+
+
+def draw_timelines(path: str | Path, timelines: Mapping[str, Sequence[DrawnSpan]]) -> None:
+    """Draw timelines one above the other, a row for each rank, on one scale of time.
+
+    Args:
+        path: Picture to write; its ending chooses the kind.
+        timelines: Titles and spans, the uppermost first.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    num_ranks = max((span.rank + 1 for spans in timelines.values() for span in spans), default=1)
+    size = (14, len(timelines) * (0.9 + 0.5 * num_ranks) + 0.6)
+    figure, axes = pyplot.subplots(len(timelines), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
+    for axis, (title, spans) in zip(axes[:, 0], timelines.items(), strict=True):
+        _draw(axis, spans, num_ranks)
+        axis.set_title(title, loc="left")
+    axes[-1, 0].set_xlabel("ms")
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS.values()]
+    figure.legend(handles, [kind.value for kind in _COLOURS], ncols=len(_COLOURS), loc="outside lower center")
+    try:
+        figure.savefig(path)
+    finally:
+        pyplot.close(figure)
+
+
+def _draw(axis: Any, spans: Sequence[DrawnSpan], num_ranks: int) -> None:
+    start = min((span.start_ms for span in spans), default=0.0)
+    length = max((span.stop_ms for span in spans), default=1.0) - start
+    for span in spans:
+        colour = _COLOURS[span.kind]
+        busy_start, busy_ms = span.start_ms + span.wait_ms - start, span.stop_ms - span.start_ms - span.wait_ms
+        if span.wait_ms > 0:
+            waiting = {"facecolor": "none", "edgecolor": colour, "hatch": "////", "linewidth": 0}
+            axis.barh(span.rank, span.wait_ms, left=span.start_ms - start, height=0.7, **waiting)
+        axis.barh(span.rank, busy_ms, left=busy_start, height=0.8, color=colour, edgecolor="white", linewidth=0.3)
+        if busy_ms > _LEAST_LABELLED * length:
+            axis.text(busy_start + busy_ms / 2, span.rank, span.label, ha="center", va="center", fontsize=7)
+    axis.set_yticks(range(num_ranks), [f"rank {rank}" for rank in range(num_ranks)])
+    axis.set_ylim(num_ranks - 0.5, -0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _label(kind: Kind, index: int) -> str:
+    return kind.value[0] if kind is Kind.LOAD else f"{kind.value[0]}{index}"
+
+
+def _pyplot() -> Any:
+    try:
+        from matplotlib import use
+
+        # Pictures go to files: no window system is needed.
+        use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "Pictures need the package matplotlib. Install it: `pip install lightning-pipebd[plot]`."
+        ) from error
+    return pyplot

@@ -1,0 +1,143 @@
+"""Links measured with the transport that training uses: messages to and fro, and reductions of several sizes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from lightning_pipebd.planning.costs import LinkCost, ReduceTimes
+from lightning_pipebd.planning.curve import Curve
+from lightning_pipebd.runtime.sampling import median_ms
+from lightning_pipebd.runtime.transport import Lane, Message, Transport
+
+__all__ = ["measure_links", "probe_edges", "probe_groups"]
+
+_SMALL_BYTES, _LARGE_BYTES = 4096, 4 << 20
+_NUM_SMALL, _NUM_LARGE, _NUM_REDUCES = 20, 6, 5
+
+
+class _Passage(NamedTuple):
+    """One direction of a message, measured to and fro."""
+
+    ms: float
+    busy_ms: float
+
+
+def probe_edges(nodes: Sequence[int]) -> list[tuple[int, int]]:
+    """Give the pairs of ranks whose link is measured: rank 0 with a rank of its node, and with one of another.
+
+    Example:
+        >>> probe_edges([0, 0, 1, 1]), probe_edges([0])
+        ([(0, 1), (1, 0), (0, 2), (2, 0)], [])
+    """
+    peers = [next((rank for rank in range(1, len(nodes)) if (nodes[rank] == nodes[0]) == near), 0) for near in (1, 0)]
+    return [edge for peer in peers if peer for edge in ((0, peer), (peer, 0))]
+
+
+def probe_groups(num_ranks: int) -> list[tuple[int, ...]]:
+    """Give the groups of ranks whose reductions are measured: the first 2, 4, 8, ... ranks, and all.
+
+    Example:
+        >>> probe_groups(3), probe_groups(1)
+        ([(0, 1), (0, 1, 2)], [])
+    """
+    sizes = {2**power for power in range(1, num_ranks.bit_length())} | {num_ranks}
+    return [tuple(range(size)) for size in sorted(sizes) if 2 <= size <= num_ranks]
+
+
+def measure_links(
+    transport: Transport, nodes: Sequence[int], device: torch.device, *, num_threads: int
+) -> tuple[LinkCost, LinkCost]:
+    """**Collective** over all ranks: measure the links of a node and those between nodes, alone on the wire.
+
+    Args:
+        transport: Connected along `probe_edges` and in `probe_groups`.
+        nodes: Node of every rank.
+        device: Where messages lie.
+        num_threads: Threads with which each rank computes.
+
+    Returns:
+        Rank 0's findings, the same on every rank. One of both is taken for the other where there is no such link.
+    """
+    if transport.num_ranks == 1:
+        return LinkCost(), LinkCost()
+    # Where no core is left over, what a thread in the background does is taken from the computation.
+    num_here = sum(node == nodes[transport.rank] for node in nodes)
+    is_crowded = device.type == "cpu" and num_here * num_threads >= len(os.sched_getaffinity(0))
+    links: dict[bool, LinkCost] = {}
+    for sender, receiver in probe_edges(nodes)[::2]:
+        link = _measure_pair(transport, (sender, receiver), device, is_crowded=is_crowded)
+        links[nodes[sender] == nodes[receiver]] = link
+    reduces: dict[bool, list[ReduceTimes]] = {True: [], False: []}
+    for group in probe_groups(transport.num_ranks):
+        is_near = len({nodes[rank] for rank in group}) == 1
+        reduces[is_near].append(_measure_reduce(transport, group, device))
+    near, far = (_with_reduces(links.get(is_near) or links[not is_near], reduces[is_near]) for is_near in (True, False))
+    gathered: list[tuple[LinkCost, LinkCost]] = transport.all_gather_object((near, far))
+    return gathered[0]
+
+
+def _with_reduces(link: LinkCost, reduces: Sequence[ReduceTimes]) -> LinkCost:
+    return LinkCost(
+        latency_ms=link.latency_ms,
+        bytes_per_ms=link.bytes_per_ms,
+        send_occupation=link.send_occupation,
+        receive_occupation=link.receive_occupation,
+        reduce_occupation=link.receive_occupation,
+        reduces=tuple(reduces),
+    )
+
+
+def _measure_pair(transport: Transport, ranks: tuple[int, int], device: torch.device, *, is_crowded: bool) -> LinkCost:
+    transport.all_gather_object(None)  # nobody else uses the machine meanwhile
+    if transport.rank not in ranks:
+        return LinkCost()
+    small = _pass(transport, ranks, device, _SMALL_BYTES, _NUM_SMALL, is_crowded=is_crowded)
+    large = _pass(transport, ranks, device, _LARGE_BYTES, _NUM_LARGE, is_crowded=is_crowded)
+    bytes_per_ms = (_LARGE_BYTES - _SMALL_BYTES) / max(large.ms - small.ms, 1e-6)
+    occupation = min(1.0, large.busy_ms / max(large.ms, 1e-6))
+    return LinkCost(
+        latency_ms=small.ms, bytes_per_ms=bytes_per_ms, send_occupation=occupation, receive_occupation=occupation
+    )
+
+
+def _pass(
+    transport: Transport, ranks: tuple[int, int], device: torch.device, num_bytes: int, count: int, *, is_crowded: bool
+) -> _Passage:
+    payload = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    peer = ranks[1] if transport.rank == ranks[0] else ranks[0]
+    busy_clock = time.process_time if is_crowded else time.thread_time
+    times, busy = [], []
+    for _ in range(count + 1):
+        start, busy_start = time.perf_counter(), busy_clock()
+        if transport.rank == ranks[0]:
+            transport.send(Message((0, 0, 0, 0), payload), peer, Lane.RELAY).wait()
+            transport.recv(peer, Lane.RELAY)
+        else:
+            transport.recv(peer, Lane.RELAY)
+            transport.send(Message((0, 0, 0, 0), payload), peer, Lane.RELAY).wait()
+        # There and back.
+        times.append((time.perf_counter() - start) * 500)
+        busy.append((busy_clock() - busy_start) * 500)
+    # The first message also tells the receiver its layout.
+    return _Passage(median_ms(times[1:]), median_ms(busy[1:]))
+
+
+def _measure_reduce(transport: Transport, group: tuple[int, ...], device: torch.device) -> ReduceTimes:
+    points = []
+    for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
+        tensor = torch.zeros(num_bytes // 4, device=device)
+        transport.all_gather_object(None)
+        times = []
+        for _ in range(_NUM_REDUCES + 1 if transport.rank in group else 0):
+            start = time.perf_counter()
+            transport.all_reduce(tensor, group).wait()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append((time.perf_counter() - start) * 1000)
+        points.append((num_bytes, median_ms(times[1:]) if times else 0.0))
+    return ReduceTimes(num_ranks=len(group), ms=Curve(points))

@@ -1,0 +1,156 @@
+"""Shared memory: how boundaries pass between two ranks of one host, with one copy and no socket.
+
+The sender keeps *slots*, pieces of anonymous memory that the receiver maps as well. It copies a message's tensors into
+a free slot and tells the slot's number; the receiver's tensors lie in the slot itself, and the slot is free again when
+the last of them is gone. Nothing is ever to be unlinked: the memory has no name, and the system takes it back when
+both processes have ended, however they end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_pipebd.runtime.layouts import TensorLayout
+
+__all__ = ["Passport", "SlotReader", "SlotWriter", "issue_passport"]
+
+# The first byte of a slot tells whether it is in use; tensors start at multiples of a cache line.
+_LINE = 64
+_SMALLEST_SLOT = 64 * 1024
+
+
+class Passport(NamedTuple):
+    """By what another process finds out whether it can map this process's memory."""
+
+    boot: str
+    pid: int
+    file: int
+    token: bytes
+
+    def is_readable(self) -> bool:
+        """Tell whether this process sees the memory of the passport's owner: same host, same namespace, allowed to."""
+        if not self.boot or self.boot != _boot():
+            return False
+        try:
+            with open(_path(self.pid, self.file), "rb") as file:
+                return file.read() == self.token
+        except OSError:
+            return False
+
+    def destroy(self) -> None:
+        """Take the passport back, when everybody has looked at it; only its owner may."""
+        if self.file >= 0:
+            os.close(self.file)
+
+
+def issue_passport() -> Passport:
+    """Give this process's passport; no other process can read it where the system has no anonymous files."""
+    token = secrets.token_bytes(16)
+    if not hasattr(os, "memfd_create") or not _boot():
+        return Passport("", os.getpid(), -1, token)
+    file = os.memfd_create("pipebd-passport")
+    os.write(file, token)
+    return Passport(_boot(), os.getpid(), file, token)
+
+
+class SlotWriter:
+    """The sender's slots for one receiver.
+
+    There are as many as the receiver holds messages at once, which the relay bounds.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[int, mmap.mmap] = {}
+
+    def write(self, flats: Sequence[Tensor]) -> tuple[int, int]:
+        """Copy tensors into a free slot; give the slot's file number and size, by which the receiver finds it.
+
+        Args:
+            flats: Tensors of one dimension, in host memory or on a device.
+        """
+        offsets, end = _offsets([flat.numel() * flat.element_size() for flat in flats])
+        number, memory = self._free_slot(end)
+        memory[0] = 1
+        for flat, offset in zip(flats, offsets, strict=True):
+            torch.frombuffer(memory, dtype=flat.dtype, count=flat.numel(), offset=offset).copy_(flat)
+        return number, len(memory)
+
+    def _free_slot(self, num_bytes: int) -> tuple[int, mmap.mmap]:
+        fitting = [(len(memory), number) for number, memory in self._slots.items() if len(memory) >= num_bytes]
+        for _, number in sorted(fitting):
+            if not self._slots[number][0]:
+                return number, self._slots[number]
+        # Powers of two: batches of changing size share slots. Pages that are never touched take no memory.
+        size = max(_SMALLEST_SLOT, 1 << (num_bytes - 1).bit_length())
+        number = os.memfd_create("pipebd-slot")
+        weakref.finalize(self, os.close, number).atexit = False
+        os.ftruncate(number, size)
+        self._slots[number] = mmap.mmap(number, size)
+        return number, self._slots[number]
+
+
+class SlotReader:
+    """The receiver's view of one sender's slots.
+
+    Args:
+        pid: Process of the sender.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._slots: dict[int, mmap.mmap] = {}
+
+    def read(self, number: int, size: int, layouts: Sequence[TensorLayout]) -> list[Tensor]:
+        """Give the tensors of a slot; they keep it in use as long as one of them, or a view of one, lives.
+
+        Raises:
+            OSError: The sender has ended.
+        """
+        if number not in self._slots:
+            file = os.open(_path(self._pid, number), os.O_RDWR)
+            try:
+                self._slots[number] = mmap.mmap(file, size)
+            finally:
+                os.close(file)
+        memory = self._slots[number]
+        # An object of its own for each message: tensors refer to it, so that its end is the end of the last of them.
+        lease = (ctypes.c_char * size).from_buffer(memory)
+        weakref.finalize(lease, _release, memory, os.getpid()).atexit = False
+        offsets, _ = _offsets([layout.num_elements * layout.dtype.itemsize for layout in layouts])
+        return [
+            layout.restore(torch.frombuffer(lease, dtype=layout.dtype, count=layout.num_elements, offset=offset))
+            for layout, offset in zip(layouts, offsets, strict=True)
+        ]
+
+
+def _release(memory: mmap.mmap, owner: int) -> None:
+    # A forked child (a loader's worker) has copies of the parent's objects; they do not count.
+    if os.getpid() == owner:
+        memory[0] = 0
+
+
+def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
+    offsets, end = [], _LINE
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // _LINE) * _LINE
+    return offsets, end
+
+
+def _path(pid: int, file: int) -> str:
+    return f"/proc/{pid}/fd/{file}"
+
+
+def _boot() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
