@@ -1,5 +1,6 @@
 """Pipelined blockwise distillation for PyTorch Lightning: ``Trainer(strategy="pipebd", devices=4)``."""
 
+from lightning_pipebd.checkpoint_io import CheckedCheckpointIO, CheckpointError
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan, PlanError
@@ -15,6 +16,8 @@ __all__ = [
     "BlockwiseDistillationModule",
     "CallableBlock",
     "Candidates",
+    "CheckedCheckpointIO",
+    "CheckpointError",
     "PartitionError",
     "PipeBDStrategy",
     "PipelinePlan",

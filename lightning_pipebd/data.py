@@ -7,40 +7,36 @@ is loaded, not when it is computed. So loaders without a length, early ends and 
 
 from __future__ import annotations
 
-import copy
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sized
-from fractions import Fraction
-from math import ceil
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sized
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_collate
+from torch.utils.data import DistributedSampler
 
+from lightning_pipebd.data_position import DataPosition, RandomMoment
 from lightning_pipebd.lightning_internals import StagedBatch
 from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.row_loader import Loaded, RowLoader
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.random_streams import borrowed_random_states, random_states
-from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.transport import Message, Transport
 
 __all__ = [
+    "POSITION",
     "BatchHeader",
     "EvaluationLoader",
     "HeaderLoader",
-    "Loaded",
-    "RowLoader",
     "TrainLoader",
     "check_loader",
-    "has_batches_of_indices",
     "header_loader",
+    "save_position",
 ]
 
 _EPOCH, _BATCH, _END = 0, 1, 2
-Interval = tuple[Fraction, Fraction]
+POSITION = "data_position"
+"""Key of the position in checkpoints."""
 
 
 class BatchHeader(StagedBatch):
@@ -52,14 +48,6 @@ class BatchHeader(StagedBatch):
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
-
-
-class Loaded(NamedTuple):
-    """A batch, or this rank's rows of it."""
-
-    batch: Any
-    num_rows: int
-    rows: Rows
 
 
 def check_loader(loader: object) -> None:
@@ -77,101 +65,6 @@ def check_loader(loader: object) -> None:
         raise ValueError(msg)
 
 
-class RowLoader:
-    """Load an interval of the rows of every batch, in the order in which one process would.
-
-    A map-style dataset is asked for these rows only. Anything else (an iterable dataset, a list of batches, a loader
-    with a collate function of the user's) is iterated whole, and the other rows are dropped.
-
-    Args:
-        loader: Any iterable of batches.
-        interval: Exact share of the rows: a cut ``c`` lies at row ``ceil(c * num_rows)``.
-        min_rows: A loader whose first batch has fewer rows is not divided at all; see :attr:`is_whole`.
-        batch_rows: Counts the rows of a loaded batch.
-    """
-
-    def __init__(
-        self,
-        loader: Any,
-        interval: Interval,
-        *,
-        min_rows: int = 1,
-        batch_rows: Callable[[Any], int] = count_rows,
-    ) -> None:
-        self._loader = loader
-        self._interval = interval
-        self._min_rows = min_rows
-        self._batch_rows = batch_rows
-        self.is_whole = interval == (Fraction(0), Fraction(1))
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_loader":
-            raise AttributeError(name)
-        return getattr(self._loader, name)
-
-    def load(self) -> Iterator[Loaded]:
-        """Iterate over batches with their row counts; rows may be empty, then the batch is ``None``.
-
-        The user's loader starts at once, not at the first batch: it draws its seeds when one process would.
-        """
-        if self.is_whole or not has_batches_of_indices(self._loader):
-            return self._load_whole(iter(self._loader))
-        sampler = _RowSampler(self._loader.batch_sampler, self)
-        clone = copy.copy(self._loader)
-        # DataLoader forbids to set its sampler: a copy with the user's settings and another sampler is what we want.
-        clone.__dict__["batch_sampler"] = sampler
-        clone.__dict__["_iterator"] = None
-        return self._load_rows(iter(clone), sampler)
-
-    def rows(self, num_rows: int) -> Rows:
-        """Give this loader's rows of a batch."""
-        start, stop = (Fraction(0), Fraction(1)) if self.is_whole else self._interval
-        return Rows(ceil(start * num_rows), ceil(stop * num_rows))
-
-    def _load_whole(self, batches: Iterator[Any]) -> Iterator[Loaded]:
-        for index, batch in enumerate(batches):
-            num_rows = self._batch_rows(batch)
-            self._decide(index, num_rows)
-            rows = self.rows(num_rows)
-            yield Loaded(_slice_batch(batch, num_rows, rows), num_rows, rows)
-
-    @staticmethod
-    def _load_rows(batches: Iterator[Any], sampler: _RowSampler) -> Iterator[Loaded]:
-        for batch in batches:
-            yield from sampler.take_empty()
-            yield Loaded(batch, *sampler.dealt.popleft())
-        yield from sampler.take_empty()
-
-    def _decide(self, index: int, num_rows: int) -> None:
-        if index == 0 and num_rows < self._min_rows:
-            self.is_whole = True
-
-
-class _RowSampler:
-    """A batch sampler's batches, cut to some rows; remembers what it dealt, in order."""
-
-    def __init__(self, batch_sampler: Iterable[list[int]], loader: RowLoader) -> None:
-        self._batch_sampler = batch_sampler
-        self._loader = loader
-        self.dealt: deque[tuple[int, Rows]] = deque()
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for index, indices in enumerate(self._batch_sampler):
-            indices = list(indices)
-            self._loader._decide(index, len(indices))
-            rows = self._loader.rows(len(indices))
-            self.dealt.append((len(indices), rows))
-            if not rows.is_empty:
-                yield indices[rows.start : rows.stop]
-
-    def take_empty(self) -> Iterator[Loaded]:
-        while self.dealt and self.dealt[0][1].is_empty:
-            yield Loaded(None, *self.dealt.popleft())
-
-
 class TrainLoader:
     """A loading rank's training loader: its rows of each batch, announced to the ranks that wait for headers.
 
@@ -181,6 +74,9 @@ class TrainLoader:
         mailbox: Where the first loading rank's headers come from; only on the other loading ranks, which take the
             random state from there, so that all shuffle alike.
         seeded_peers: The other loading ranks.
+
+    Attributes:
+        resumed: Where the next epoch goes on; ``None`` to begin it.
     """
 
     def __init__(
@@ -196,6 +92,9 @@ class TrainLoader:
         self._mailbox = mailbox
         self._seeded_peers = seeded_peers
         self.loaded: deque[Loaded] = deque()
+        self.observe: Callable[[Iterator[Any]], Iterator[Any]] = iter
+        self.resumed: DataPosition | None = None
+        self._at_start: RandomMoment | None = None
 
     def __len__(self) -> int:
         return len(self._row_loader)
@@ -207,7 +106,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Any]:
         self.loaded.clear()
-        return self._announce(self._begin_epoch())
+        return self.observe(self._announce(self._begin_epoch()))
 
     def _announce(self, batches: Iterator[Loaded]) -> Iterator[Any]:
         for loaded in batches:
@@ -221,20 +120,59 @@ class TrainLoader:
     def _begin_epoch(self) -> Iterator[Loaded]:
         if self._mailbox is not None:
             return self._begin_as_peer(self._mailbox)
+        resumed, generators = self._take_resumed(), self._row_loader.generators
+        if resumed is not None:
+            resumed.at_start.restore(generators)
+        num_skipped = resumed.num_batches if resumed is not None else 0
+        self._at_start = RandomMoment.now(generators)
         if self._outbox is not None:
             others = [peer for peer in self._outbox.peers if peer not in self._seeded_peers]
-            self._outbox.post(Message((_EPOCH, 0, 0, 0)), others)
-            state = torch.frombuffer(bytearray(pickle.dumps(random_states())), dtype=torch.uint8)
-            self._outbox.post(Message((_EPOCH, 0, 0, 0), state), self._seeded_peers)
-        return self._row_loader.load()
+            self._outbox.post(Message((_EPOCH, num_skipped, 0, 0)), others)
+            state = torch.frombuffer(bytearray(pickle.dumps((random_states(), self._at_start.own))), dtype=torch.uint8)
+            self._outbox.post(Message((_EPOCH, num_skipped, 0, 0), state), self._seeded_peers)
+        loading = self._row_loader.load(num_skipped)
+        if resumed is not None and resumed.now is not None:
+            resumed.now.restore(generators)
+        return loading
+
+    def _take_resumed(self) -> DataPosition | None:
+        resumed, self.resumed = self.resumed, None
+        return None if self._row_loader.keeps_its_own_position else resumed
+
+    def position(self, num_batches: int | None) -> DataPosition | None:
+        """Say where the run stands after some batches of the epoch, ``None`` for all; nothing before its first one."""
+        now = RandomMoment.now(self._row_loader.generators)
+        if num_batches is None:
+            return DataPosition(0, now, None)
+        return None if self._at_start is None else DataPosition(num_batches, self._at_start, now)
 
     def _begin_as_peer(self, mailbox: Mailbox) -> Iterator[Loaded]:
         message = _await_epoch(mailbox)
-        state = pickle.loads(message.tree.numpy().tobytes())
+        state, own = pickle.loads(message.tree.numpy().tobytes())
+        for generator, own_state in zip(self._row_loader.generators, own, strict=True):
+            generator.set_state(own_state)
         with borrowed_random_states(state):
-            loading = self._row_loader.load()
+            loading = self._row_loader.load(message.fields[1])
             state = random_states()
-        return _with_random_states(state, loading)
+        return self._agreeing(_with_random_states(state, loading), mailbox)
+
+    @staticmethod
+    def _agreeing(loading: Iterator[Loaded], mailbox: Mailbox) -> Iterator[Loaded]:
+        # Ranks whose datasets differ would wait for each other in the middle of an epoch.
+        while True:
+            loaded = next(loading, None)
+            while (fields := mailbox.get().fields)[0] == _EPOCH:
+                pass
+            theirs, mine = (fields[1] if fields[0] == _BATCH else 0), (loaded.num_rows if loaded else 0)
+            if theirs != mine:
+                msg = (
+                    f"`train_dataloader` must give the same batches on every rank, but gives {mine} rows here where "
+                    f"the first loading rank has {theirs} (0 is the end). Build the same dataset on every rank."
+                )
+                raise ValueError(msg)
+            if loaded is None:
+                return
+            yield loaded
 
 
 class HeaderLoader:
@@ -250,6 +188,7 @@ class HeaderLoader:
         self._mailbox = mailbox
         self._length = _sized_length(loader)
         self.loaded: deque[Loaded] = deque()
+        self.observe: Callable[[Iterator[Any]], Iterator[Any]] = iter
 
     def __len__(self) -> int:
         if self._length is None:
@@ -263,6 +202,9 @@ class HeaderLoader:
         return getattr(self._loader, name)
 
     def __iter__(self) -> Iterator[BatchHeader]:
+        return self.observe(self._take_headers())
+
+    def _take_headers(self) -> Iterator[BatchHeader]:
         self.loaded.clear()
         _await_epoch(self._mailbox)
         while (fields := self._mailbox.get().fields)[0] != _END:
@@ -321,6 +263,29 @@ def header_loader(loader: object, mailbox: Mailbox) -> HeaderLoader:
     return (StatefulHeaderLoader if is_stateful else HeaderLoader)(loader, mailbox)
 
 
+def save_position(
+    checkpoint: dict[str, Any],
+    loader: TrainLoader | HeaderLoader | None,
+    progress: Any,
+    transport: Transport,
+    first_rank: int,
+) -> None:
+    """**Collective** over all ranks: add to a checkpoint where the run stands in its data.
+
+    Args:
+        checkpoint: Gets an entry.
+        loader: This rank's training loader.
+        progress: Lightning's count of the epoch's batches.
+        transport: Reaches the other ranks.
+        first_rank: The rank that loads first.
+    """
+    num_batches = None if progress.is_last_batch else progress.current.ready
+    mine = loader.position(num_batches) if isinstance(loader, TrainLoader) and transport.rank == first_rank else None
+    position = transport.all_gather_object(mine.to_plain() if mine else None)[first_rank]
+    if position is not None:
+        checkpoint[POSITION] = position
+
+
 def _batches(loading: Iterator[Loaded]) -> Iterator[Any]:
     for loaded in loading:
         yield BatchHeader(loaded.num_rows) if loaded.rows.is_empty else loaded.batch
@@ -333,35 +298,11 @@ def _await_epoch(mailbox: Mailbox) -> Message:
     return message
 
 
-def has_batches_of_indices(loader: object) -> bool:
-    """Tell whether a rank can ask the loader's dataset for its rows alone."""
-    return (
-        isinstance(loader, DataLoader)
-        and not isinstance(loader.dataset, IterableDataset)
-        and loader.batch_sampler is not None
-        # Another collate function may look at the whole batch (padding to its longest row): it gets whole batches.
-        and loader.collate_fn is default_collate
-    )
-
-
 def _sized_length(loader: object) -> int | None:
     try:
         return len(loader) if isinstance(loader, Sized) else None
     except (TypeError, NotImplementedError):
         return None
-
-
-def _slice_batch(batch: Any, num_rows: int, rows: Rows) -> Any:
-    if rows == Rows(0, num_rows):
-        return batch
-    if rows.is_empty:
-        return None
-
-    def cut(leaf: Any) -> Any:
-        is_per_row = isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_rows
-        return leaf[rows.start : rows.stop] if is_per_row else leaf
-
-    return pytree.tree_map(cut, batch)
 
 
 def _with_random_states(states: dict[str, Any], iterator: Iterator[Loaded]) -> Iterator[Loaded]:

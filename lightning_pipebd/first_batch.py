@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_pipebd.data import has_batches_of_indices
 from lightning_pipebd.planning.costs import LoaderCost
+from lightning_pipebd.row_loader import has_batches_of_indices
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.side_effects import preserved_random_states
 

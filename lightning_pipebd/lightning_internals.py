@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from subprocess import Popen
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,22 +30,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "COMPLETE",
+    "LAUNCHER",
     "ProcessGroupStrategy",
     "StagedBatch",
     "StagedBatchModule",
     "add_callback",
     "before_transfer",
     "is_logging_step",
+    "launched_processes",
     "logging_step",
     "remove_callback",
     "request_train_loader",
     "seed_workers",
     "set_device",
+    "silence_resume_warning",
     "silence_sigterm_broadcast",
     "user_callbacks",
     "validates_by_time",
     "without_train_loader",
 ]
+
+LAUNCHER = "LIGHTNING_PIPEBD_LAUNCHER"
+"""Environment variable: the process that launched this one, where that is a rank itself."""
 
 _SIGTERM_BROADCAST = "_broadcast_sigterm_tensor"
 _POSITION_OF_SYNC_DIST = 6
@@ -103,6 +112,15 @@ class _PreflightLauncher(_SubprocessScriptLauncher):
         self._strategy = strategy
 
     @override
+    def _call_children_scripts(self) -> None:
+        # They cannot tell otherwise whether their parent is the process of rank 0 or a tool that started all ranks.
+        os.environ[LAUNCHER] = str(os.getpid())
+        try:
+            super()._call_children_scripts()
+        finally:
+            del os.environ[LAUNCHER]
+
+    @override
     def launch(
         self,
         function: Callable[..., Any],
@@ -110,6 +128,7 @@ class _PreflightLauncher(_SubprocessScriptLauncher):
         trainer: Trainer | None = None,
         **kwargs: Any,
     ) -> Any:
+        self._strategy.resumes_last = any(isinstance(value, str) and value == "last" for value in args)
         if trainer is not None:
             self._strategy.preflight(trainer)
         return super().launch(function, *args, trainer=trainer, **kwargs)
@@ -124,6 +143,9 @@ class ProcessGroupStrategy(ParallelStrategy):
         process_group_backend: Backend of the default group; ``None`` takes NCCL on GPUs and gloo elsewhere.
         timeout: Time after which a collective operation fails.
         kwargs: See :class:`~lightning.pytorch.strategies.ParallelStrategy`.
+
+    Attributes:
+        resumes_last: Whether the trainer was called with ``ckpt_path="last"``.
     """
 
     def __init__(
@@ -135,6 +157,7 @@ class ProcessGroupStrategy(ParallelStrategy):
     ) -> None:
         super().__init__(**kwargs)
         self.num_nodes = 1
+        self.resumes_last = False
         self._process_group_backend = process_group_backend
         self._timeout = timeout
 
@@ -204,6 +227,12 @@ class ProcessGroupStrategy(ParallelStrategy):
         return self._layer_sync is not None
 
 
+def launched_processes(strategy: ProcessGroupStrategy) -> list[Popen[bytes]]:
+    """Give the processes that this one has launched."""
+    launcher = strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
 def silence_sigterm_broadcast(trainer: Trainer) -> None:
     """Switch off the broadcast over all ranks with which Lightning starts every batch (since 2.5.2).
 
@@ -219,6 +248,11 @@ def before_transfer(module: LightningModule, batch: Any) -> Any:
     """Do to a batch what Lightning's training loop does before it asks the strategy to move it."""
     batch = module.trainer.precision_plugin.convert_input(batch)
     return module._on_before_batch_transfer(batch, dataloader_idx=0)
+
+
+def silence_resume_warning() -> None:
+    """Have Lightning not warn of loaders that cannot go on in the middle of an epoch: under the strategy, they can."""
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
 
 
 def seed_workers(loader: object, position: int) -> None:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.losses import BLOCK_LOSSES
+from lightning_pipebd.nonfinite import FiniteGuard
 from lightning_pipebd.runtime.block_calls import BlockCalls
 from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
 from lightning_pipebd.runtime.candidates import target_of
@@ -58,6 +59,9 @@ class BlockwiseDistillationModule(DistillationModule):
         block_losses: Per student path (or block index), ``"mse"``, ``"soft_cross_entropy"``, ``"kl"`` or a function
             of the student's and the teacher's output. Blocks not named use the mean squared error. A loss must be a
             mean over rows.
+        on_nonfinite: What follows when a block's gradient is not finite: ``"raise"`` ends the run, ``"skip"`` leaves
+            out the block's update of this step, ``"stop_block"`` lets the block stay as it is from then on. The other
+            blocks never notice. The block, the step and what was not finite are named in any case.
         example_input: An input of the teacher, of any batch size, to check all shapes with; without it they are
             checked when the first batch arrives (or, under ``strategy="pipebd"``, with ``example_input_array``).
 
@@ -84,6 +88,7 @@ class BlockwiseDistillationModule(DistillationModule):
         input_adapters: Mapping[str | int, nn.Module] | None = None,
         target_blocks: Sequence[str | int] = (),
         block_losses: Mapping[str | int, str | Callable[[Any, Any], Tensor]] | None = None,
+        on_nonfinite: str = "raise",
         example_input: Any = None,
     ) -> None:
         super().__init__()
@@ -101,6 +106,7 @@ class BlockwiseDistillationModule(DistillationModule):
         self._losses = {
             block: _resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
         }
+        self.finite_guard = FiniteGuard(on_nonfinite)
         self._teacher_calls = BlockCalls(pairs.teacher, "teacher")
         self._student_calls = BlockCalls(pairs.student, "student")
         if example_input is not None:
@@ -194,9 +200,12 @@ class BlockwiseDistillationModule(DistillationModule):
             batch_idx: Index of the batch in the epoch.
             first_row: Row of the batch at which the boundary starts; every part draws other numbers.
         """
+        self.finite_guard.before_block(block, self.block_buffers(block))
         coordinates = (self.trainer.current_epoch, batch_idx, block, first_row)
         with random_stream(stream_key(self.random_seed, *coordinates), self.device):
-            return self._rate(block, boundary, teacher_output, targets)
+            loss = self._rate(block, boundary, teacher_output, targets)
+        self.finite_guard.note_loss(block, loss)
+        return loss
 
     def rate_blocks(self, batch: Any) -> list[Tensor]:
         """Give every block's loss on a batch, as it is in the mode that the module is in; trains nothing.
@@ -259,7 +268,15 @@ class BlockwiseDistillationModule(DistillationModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each block's gradients by themselves: no block's update depends on another block."""
+        """Clip each block's gradients by themselves: no block's update depends on another block.
+
+        Gradients that are not finite are found here, too (``on_nonfinite``).
+        """
+        # A loss scaler, where plain Lightning has one, looks for itself, and skips the step.
+        if self.finite_guard.has_losses and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            for block in range(self.num_blocks):
+                name, buffers = self.block_pairs.names[block], self.block_buffers(block)
+                self.finite_guard.check(block, name, self.block_parameters(block), buffers, self.trainer.global_step)
         if not gradient_clip_val:
             return
         for block in range(self.num_blocks):
@@ -270,6 +287,19 @@ class BlockwiseDistillationModule(DistillationModule):
                 nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             else:
                 nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the seed of the random streams and the blocks that were stopped."""
+        super().on_save_checkpoint(checkpoint)
+        self.finite_guard.flush()
+        self.finite_guard.save(checkpoint, [self.finite_guard.stopped])
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up the seed of the run that wrote the checkpoint, and its stopped blocks."""
+        super().on_load_checkpoint(checkpoint)
+        self.finite_guard.load(checkpoint)
 
 
 def _resolve_loss(loss: str | Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
 
-from lightning_pipebd.data import BatchHeader, RowLoader
+from lightning_pipebd.data import BatchHeader
 from lightning_pipebd.lightning_internals import StagedBatch, before_transfer
+from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.transport import Message
@@ -69,6 +70,9 @@ class AheadLoader:
         outbox: Where announcements go; ``None`` without other ranks.
         num_batches: Gives how many batches of an epoch are trained on; none is looked at beyond.
         looks_ahead: Whether to load a batch before the one ahead of it is trained on.
+
+    Attributes:
+        observe: Put around the batches of each epoch.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class AheadLoader:
         self._num_batches = num_batches
         self._looks_ahead = looks_ahead
         self.announced: deque[Announced] = deque()
+        self.observe: Callable[[Iterator[Any]], Iterator[Any]] = iter
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -92,7 +97,7 @@ class AheadLoader:
         self.announced.clear()
         self._post(_EPOCH)
         # The user's loader starts at once, not at the first batch: it draws its seeds when one process would.
-        return self._announce(RowLoader(self._loader, _WHOLE).load())
+        return self.observe(self._announce(RowLoader(self._loader, _WHOLE).load()))
 
     def _announce(self, batches: Iterator[Any]) -> Iterator[AheadBatch]:
         epoch, index = object(), 0
@@ -119,12 +124,16 @@ class AheadHeaderLoader:
     Args:
         loader: The user's loader, asked for its length and attributes only.
         mailbox: Where the announcements come from.
+
+    Attributes:
+        observe: Put around the headers of each epoch.
     """
 
     def __init__(self, loader: Any, mailbox: Mailbox) -> None:
         self._loader = loader
         self._mailbox = mailbox
         self.announced: deque[Announced] = deque()
+        self.observe: Callable[[Iterator[Any]], Iterator[Any]] = iter
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -137,6 +146,9 @@ class AheadHeaderLoader:
 
     def __iter__(self) -> Iterator[BatchHeader]:
         self.announced.clear()
+        return self.observe(self._take_headers())
+
+    def _take_headers(self) -> Iterator[BatchHeader]:
         # What was announced but not trained in the last epoch (it may have ended early) is skipped here.
         while self._mailbox.get().fields[0] != _EPOCH:
             pass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -12,6 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
+from lightning_pipebd.data_position import DataPosition
+from lightning_pipebd.lifeline import start_watcher
 from lightning_pipebd.lightning_internals import (
     ProcessGroupStrategy,
     add_callback,
@@ -29,9 +33,11 @@ from lightning_pipebd.runtime.gradients import clip_norm_over_ranks
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.momentum import MomentumTeacher
 from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
+from lightning_pipebd.runtime.progress import Progress
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Lane, Transport
+from lightning_pipebd.runtime.watcher import Watcher
 from lightning_pipebd.scaling import BlockScalers
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
@@ -48,6 +54,11 @@ class PipelineSession:
         transport: Reaches the other ranks.
         strategy: Whose precision plugin and device are used.
         max_in_flight: Steps by which a rank may run ahead.
+        time_limits: Times without progress after which the run ends: in steps (``None``: any), and elsewhere.
+
+    Attributes:
+        progress: Where this rank stands.
+        resumed: Where in the data a resumed run goes on; the beginning of the epoch is the only place known here.
     """
 
     def __init__(
@@ -59,8 +70,13 @@ class PipelineSession:
         strategy: ProcessGroupStrategy,
         *,
         max_in_flight: int,
+        time_limits: tuple[timedelta | None, timedelta],
     ) -> None:
         self.num_steps = 0
+        self.progress = Progress()
+        self.resumed: DataPosition | None = None
+        self._time_limits = time_limits
+        self._watcher: Watcher | None = None
         self._module = module
         self._plan = plan
         self._options = options
@@ -116,12 +132,18 @@ class PipelineSession:
         )
         self._module.follow_in_plan, self._module.clip_in_plan = self._follow, self._clip
         self._trainer = trainer
+        blocks = [block for block, rank in enumerate(self._plan.student) if rank == self._rank]
+        self._watcher = start_watcher(
+            self._strategy, transport, self.progress, self._executor, blocks, lambda *_: (), self._time_limits
+        )
         self._is_open = True
 
     def close(self) -> None:
         """Finish all exchanges; every rank must do so after the same step."""
         if self._is_open:
             self._is_open = False
+            if self._watcher is not None:
+                self._watcher.close()
             self._relay.close()
             if self._outbox is not None:
                 self._outbox.close()
@@ -129,15 +151,17 @@ class PipelineSession:
                 self._mailbox.close()
             self._metrics.close()
 
-    def abandon(self) -> None:
-        """This rank ends with an error: wait for nobody any more."""
+    def abandon(self, error: BaseException) -> str:
+        """This rank ends with an error: wait for nobody any more; gives the report of what is known of the run."""
         self._is_abandoned = True
+        report = self._watcher.fail(error) if self._watcher is not None else ""
         if self._is_open:
             self._is_open = False
             self._relay.abandon()
             self._metrics.abandon()
             if self._outbox is not None:
                 self._outbox.abandon()
+        return report
 
     def end(self) -> None:
         """Take back what was changed in the trainer and the module."""
@@ -229,6 +253,7 @@ class PipelineSession:
         self._loader_epoch = epoch
         if self._mailbox is not None:
             self._train_loader = AheadHeaderLoader(loader, self._mailbox)
+            self._train_loader.observe = partial(self.progress.loading, waits_for=(self._plan.loading_rank,))
             return self._train_loader
         seed_workers(loader, 0)
         # The state of a stateful loader would be a batch ahead of the training.
@@ -239,7 +264,12 @@ class PipelineSession:
             num_batches=lambda: self._trainer.num_training_batches,
             looks_ahead=self._options.looks_ahead(self._module) and not is_stateful,
         )
+        self._train_loader.observe = self.progress.loading
         return self._train_loader
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Add to a checkpoint what Lightning does not know of."""
+        self.scalers.save(checkpoint)
 
     # Steps.
 
@@ -268,8 +298,9 @@ class PipelineSession:
         self._jobs.momentum = self._momentum
         self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
         is_loading = self._rank == self._plan.loading_rank
-        loaded = self._load(batch, announced.num_rows) if is_loading else {}
-        terms = self._executor.run(program, self.num_steps, loaded, self._load_next(announced.following))
+        with self.progress.program(self.num_steps, announced.num_rows, is_update=update):
+            loaded = self._load(batch, announced.num_rows) if is_loading else {}
+            terms = self._executor.run(program, self.num_steps, loaded, self._load_next(announced.following))
         self.num_steps += 1
         if not update:
             self._executor.finish()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from fractions import Fraction
+from functools import partial
 from math import lcm
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch.optim import Optimizer
 from lightning_pipebd.block_jobs import BlockJobs
 from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
-from lightning_pipebd.data import HeaderLoader, RowLoader, TrainLoader, header_loader
+from lightning_pipebd.data import HeaderLoader, TrainLoader, header_loader, save_position
+from lightning_pipebd.data_position import DataPosition
+from lightning_pipebd.lifeline import watch_plan
 from lightning_pipebd.lightning_internals import (
     ProcessGroupStrategy,
     add_callback,
@@ -24,18 +28,21 @@ from lightning_pipebd.lightning_internals import (
     seed_workers,
     set_device,
 )
+from lightning_pipebd.loaded_boundaries import load_boundaries
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan import Plan, Rows
-from lightning_pipebd.planning.program import TARGETS, Kind, Program
+from lightning_pipebd.planning.program import Kind, Program
+from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
 from lightning_pipebd.runtime.executor import Executor, Span
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
+from lightning_pipebd.runtime.progress import Progress
 from lightning_pipebd.runtime.relay import Relay
-from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Lane, ProcessGroupTransport, Transport
+from lightning_pipebd.runtime.watcher import Watcher
 from lightning_pipebd.scaling import BlockScalers
 from lightning_pipebd.step_report import StepReport
 
@@ -67,6 +74,11 @@ class TrainingSession:
         transport: Reaches the other ranks.
         strategy: Whose precision plugin and device are used.
         max_in_flight: Steps by which a rank may run ahead.
+        time_limits: Times without progress after which the run ends: in steps (``None``: any), and elsewhere.
+
+    Attributes:
+        progress: Where this rank stands.
+        resumed: Where in the data a resumed run goes on.
     """
 
     def __init__(
@@ -77,8 +89,13 @@ class TrainingSession:
         strategy: ProcessGroupStrategy,
         *,
         max_in_flight: int,
+        time_limits: tuple[timedelta | None, timedelta],
     ) -> None:
         self.num_steps = 0
+        self.progress = Progress()
+        self.resumed: DataPosition | None = None
+        self._time_limits = time_limits
+        self._watcher: Watcher | None = None
         self._module = module
         self._plan = plan
         self._transport = transport
@@ -136,6 +153,15 @@ class TrainingSession:
             cuts_rows=self._plan.has_split_students or self._plan.has_split_teachers,
         )
         self._trainer = trainer
+        self._watcher = watch_plan(
+            self._strategy,
+            transport,
+            self.progress,
+            self._executor,
+            self._plan,
+            self._module.target_blocks,
+            self._time_limits,
+        )
         self._is_open = True
 
     def observe(self, observer: Callable[[Span], None]) -> Callable[[], None]:
@@ -174,6 +200,8 @@ class TrainingSession:
         """Finish all exchanges; every rank must do so after the same step."""
         if self._is_open:
             self._is_open = False
+            if self._watcher is not None:
+                self._watcher.close()
             self._relay.close()
             if self._outbox is not None:
                 self._outbox.close()
@@ -181,15 +209,17 @@ class TrainingSession:
                 self._mailbox.close()
             self._metrics.close()
 
-    def abandon(self) -> None:
-        """This rank ends with an error: wait for nobody any more."""
+    def abandon(self, error: BaseException) -> str:
+        """This rank ends with an error: wait for nobody any more; gives the report of what is known of the run."""
         self._is_abandoned = True
+        report = self._watcher.fail(error) if self._watcher is not None else ""
         if self._is_open:
             self._is_open = False
             self._relay.abandon()
             self._metrics.abandon()
             if self._outbox is not None:
                 self._outbox.abandon()
+        return report
 
     def end(self) -> None:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
@@ -289,6 +319,7 @@ class TrainingSession:
         if self._rank not in ranks:
             assert self._mailbox is not None
             self._train_loader = header_loader(loader, self._mailbox)
+            self._train_loader.observe = partial(self.progress.loading, waits_for=(ranks[0],))
             return self._train_loader
         position = ranks.index(self._rank)
         seed_workers(loader, position)
@@ -299,7 +330,16 @@ class TrainingSession:
             mailbox=self._mailbox,
             seeded_peers=tuple(ranks[1:]),
         )
+        self._train_loader.observe = self.progress.loading
+        self._train_loader.resumed, self.resumed = self.resumed, None
         return self._train_loader
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
+        self.scalers.save(checkpoint)
+        self._module.finite_guard.gather(checkpoint, self._transport)
+        progress = self._trainer.fit_loop.epoch_loop.batch_progress
+        save_position(checkpoint, self._train_loader, progress, self._transport, self._plan.loading_ranks[0])
 
     # Steps.
 
@@ -322,7 +362,9 @@ class TrainingSession:
         program = self._program(num_rows, update=update)
         self._jobs.optimizer, self._jobs.batch_idx = optimizer, batch_idx
         self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
-        losses = self._executor.run(program, self.num_steps, {} if rows.is_empty else self._load(batch, rows))
+        with self.progress.program(self.num_steps, num_rows, is_update=update):
+            loaded = {} if rows.is_empty else load_boundaries(self._module, batch, rows)
+            losses = self._executor.run(program, self.num_steps, loaded)
         self.num_steps += 1
         if update:
             self.scalers.unscale()
@@ -348,22 +390,3 @@ class TrainingSession:
                     f"synchronised, but a batch has {num_rows} rows for {len(rows)} ranks. Set `drop_last=True`."
                 )
                 raise ValueError(msg)
-
-    def _load(self, batch: Any, rows: Rows) -> dict[int, RowTree]:
-        inputs, targets = self._module.unpack_batch(batch)
-        if count_rows(inputs) != rows.num_rows:
-            msg = (
-                f"`unpack_batch` must give the {rows.num_rows} rows that were loaded, but gives {count_rows(inputs)}. "
-                "Change the number of rows in the dataset or the collate function, not in batch transfer hooks."
-            )
-            raise ValueError(msg)
-        loaded = {0: RowTree(rows, inputs, leading_row_leaves(inputs, rows.num_rows))}
-        if self._module.target_blocks:
-            if targets is None:
-                msg = (
-                    "`target_blocks` must get labels, but `unpack_batch` gave none. "
-                    "Let the loader yield (inputs, labels)."
-                )
-                raise ValueError(msg)
-            loaded[TARGETS] = RowTree(rows, targets, leading_row_leaves(targets, rows.num_rows))
-        return loaded

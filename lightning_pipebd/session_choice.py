@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import NamedTuple
 
 from lightning.pytorch import LightningModule, Trainer
@@ -103,20 +104,31 @@ class SessionChoice(NamedTuple):
         transport: ProcessGroupTransport,
         *,
         max_in_flight: int,
+        time_limits: tuple[timedelta | None, timedelta],
     ) -> SessionChoice:
         """**Collective** over all ranks: find the plan, connect the ranks, and put the blocks in their places."""
         if isinstance(module, TeacherStudentModule):
             plan = request.options.resolve_plan(request.finder.given, module, transport.num_ranks)
             edges = pipeline_edges(plan, has_momentum=module.momentum is not None)
             transport.connect(edges, [tuple(range(plan.num_ranks))])
-            pipeline = PipelineSession(module, plan, request.options, transport, strategy, max_in_flight=max_in_flight)
+            pipeline = PipelineSession(
+                module,
+                plan,
+                request.options,
+                transport,
+                strategy,
+                max_in_flight=max_in_flight,
+                time_limits=time_limits,
+            )
             pipeline.place_blocks()
             return cls(pipeline, None, request.options.announce(plan, module))
         assert isinstance(module, BlockwiseDistillationModule)
         found = find_plan_of_fit(strategy, request.finder, trainer, module, transport)
         groups = [found.plan.student_ranks(block) for block in range(found.plan.num_blocks)]
         transport.connect(plan_edges(found.plan, module.target_blocks), groups)
-        session = TrainingSession(module, found.plan, transport, strategy, max_in_flight=max_in_flight)
+        session = TrainingSession(
+            module, found.plan, transport, strategy, max_in_flight=max_in_flight, time_limits=time_limits
+        )
         if strategy.layer_sync:
             session.synchronise_batch_norm(transport)
         session.place_blocks()

@@ -19,19 +19,21 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader
-from lightning_pipebd.checkpoint import PrunedOptimizer, hand_over, synchronise_models
-from lightning_pipebd.data import BatchHeader, EvaluationLoader, RowLoader, check_loader
+from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
+from lightning_pipebd.checkpoint import synchronise_models
+from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
-from lightning_pipebd.lightning_internals import COMPLETE, ProcessGroupStrategy, seed_workers, silence_sigterm_broadcast
+from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
+from lightning_pipebd.lightning_internals import COMPLETE, seed_workers, silence_sigterm_broadcast
 from lightning_pipebd.pipeline_data import AheadBatch
 from lightning_pipebd.pipeline_options import PipelineOptions
-from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.preflight import check_callbacks, check_schedulers
+from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession
 from lightning_pipebd.session_choice import PlanRequest, SessionChoice, check_session_optimizers, require_module
@@ -39,7 +41,7 @@ from lightning_pipebd.session_choice import PlanRequest, SessionChoice, check_se
 __all__ = ["PipeBDStrategy"]
 
 
-class PipeBDStrategy(ProcessGroupStrategy):
+class PipeBDStrategy(CheckedCheckpoints):
     """Train the blocks of a :class:`~lightning_pipebd.BlockwiseDistillationModule` on several devices at once.
 
     .. code-block:: python
@@ -69,12 +71,16 @@ class PipeBDStrategy(ProcessGroupStrategy):
         schedule: Order of a TeacherStudentModule's work: ``"1f1b"``, ``"gpipe"`` or ``"teacher-first"``.
         split_backward: Whether a TeacherStudentModule's gradients of weights may wait for a gap.
         process_group_backend: Backend of the default process group; ``None`` takes NCCL on GPUs and gloo elsewhere.
-        timeout: Time after which a collective operation (validation, checkpoint, a shared block's reduction) fails.
+        timeout: Time after which a collective operation (validation, checkpoint, a shared block's reduction) fails,
+            and after which hooks, evaluation and saving count as stalled.
+        stall_timeout: Time without progress in training after which a rank counts as stalled and the run ends with a
+            report; slow steps lengthen it to ten times the slowest of the last hundred. ``None`` waits for ever.
+        start_timeout: Time in which all processes must have started.
         kwargs: Accelerator, plugins and environment, as Lightning passes them.
 
     Raises:
         PlanError: At ``fit``, before other processes start: the plan does not fit the module or the devices.
-        ValueError: ``max_in_flight`` is below 1; or at ``fit``, a trainer setting cannot work.
+        ValueError: ``max_in_flight`` is below 1, a time is not above 0; or at ``fit``, a trainer setting cannot work.
     """
 
     def __init__(
@@ -90,24 +96,27 @@ class PipeBDStrategy(ProcessGroupStrategy):
         split_backward: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
+        stall_timeout: timedelta | None = timedelta(minutes=2),
+        start_timeout: timedelta = timedelta(minutes=10),
         **kwargs: Any,
     ) -> None:
         super().__init__(process_group_backend=process_group_backend, timeout=timeout, **kwargs)
         if max_in_flight < 1:
             raise ValueError(f"`max_in_flight` must be at least 1, but is {max_in_flight}. Use the default of 2.")
+        check_time_limit("stall_timeout", stall_timeout)
+        check_time_limit("start_timeout", start_timeout)
+        self._time_limits = (stall_timeout, timeout)
+        self._start_timeout = start_timeout
         finder = PlanFinder(
             plan, exactness=exactness, memory_limit=memory_limit, costs=costs, max_in_flight=max_in_flight
         )
         self._request = PlanRequest(finder, PipelineOptions(num_micro_batches, schedule, split_backward))
         self._found: FoundPlan | None = None
         self._max_in_flight = max_in_flight
-        self._transport: ProcessGroupTransport | None = None
-        self._session: TrainingSession | PipelineSession | None = None
         self._shares_logs = False
         self._is_in_evaluation_step = False
         self._complete_values = CompleteValues()
         self._is_accumulating = False
-        self._handed_over_at = -1
 
     @classmethod
     @override
@@ -145,6 +154,11 @@ class PipeBDStrategy(ProcessGroupStrategy):
         self._request.check(trainer, module, self.num_nodes * self.num_processes)
 
     @override
+    def setup_environment(self) -> None:
+        with start_limit(self, self._start_timeout):
+            super().setup_environment()
+
+    @override
     def setup(self, trainer: Trainer) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
@@ -167,9 +181,16 @@ class PipeBDStrategy(ProcessGroupStrategy):
             return
         check_callbacks(trainer)
         choice = SessionChoice.open(
-            self._request, self, trainer, module, self._transport, max_in_flight=self._max_in_flight
+            self._request,
+            self,
+            trainer,
+            module,
+            self._transport,
+            max_in_flight=self._max_in_flight,
+            time_limits=self._time_limits,
         )
         self._session, self._found = choice.session, choice.found
+        self._session.resumed, self.position = self.position, None
         # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which begins
         # to load.
         self._session.begin(trainer, self.sharing_logs, self._assemble_student)
@@ -320,6 +341,8 @@ class PipeBDStrategy(ProcessGroupStrategy):
     @contextmanager
     def _evaluation_step(self, dataloader_idx: int = 0) -> Generator[None, None, None]:
         self._is_in_evaluation_step = True
+        if self._session is not None:
+            self._session.progress.mark("evaluating")
         try:
             with self._complete_values.step(require_module(self.lightning_module), dataloader_idx):
                 yield
@@ -338,53 +361,12 @@ class PipeBDStrategy(ProcessGroupStrategy):
         if self._session is not None:
             self._session.place_blocks()
 
-    # State.
-
-    def _assemble_student(self) -> None:
-        """**Collective** over all ranks: give every rank the present weights of all blocks."""
-        assert self._session is not None
-        assert self._transport is not None
-        if self._session.num_steps != self._handed_over_at:
-            hand_over(self._transport, self._session.owned_tensors())
-            self._handed_over_at = self._session.num_steps
-
-    @override
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """**Collective** over all ranks: give the module's state with all blocks up to date."""
-        if self._session is not None:
-            self._assemble_student()
-        return super().lightning_module_state_dict()
-
-    @override
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """**Collective** over all ranks: give the optimizer's state as one device would; complete on rank 0 only."""
-        assert self._transport is not None
-        return self._pruned(optimizer).state(self._transport)
-
-    @override
-    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            self._pruned(optimizer).load(state)
-        assert self._session is not None
-        self._session.scalers.load(checkpoint)
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """**Collective** over all ranks: complete the checkpoint, and write it on rank 0."""
-        if self._session is not None:
-            self._session.scalers.save(checkpoint)
-        super().save_checkpoint(checkpoint, filepath, storage_options)
-
-    def _pruned(self, optimizer: Optimizer) -> PrunedOptimizer:
-        assert self._session is not None
-        return self._session.pruned_optimizer(optimizer)
-
     # The end.
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         if self._session is not None:
-            self._session.abandon()
+            report_failure(exception, self._session.abandon(exception))
 
     @override
     def teardown(self) -> None:
@@ -392,6 +374,7 @@ class PipeBDStrategy(ProcessGroupStrategy):
         if self._session is not None:
             self._session.end()
         self._share_logs(False)
+        tie_to_launcher(is_tied=False)
         super().teardown()
 
 

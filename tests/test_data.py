@@ -18,13 +18,12 @@ from lightning_pipebd.data import (
     BatchHeader,
     EvaluationLoader,
     HeaderLoader,
-    Loaded,
-    RowLoader,
     TrainLoader,
     check_loader,
     header_loader,
 )
 from lightning_pipebd.planning.plan import Plan, Rows
+from lightning_pipebd.row_loader import Loaded, RowLoader
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.random_streams import random_states

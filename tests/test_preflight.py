@@ -190,6 +190,12 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         fit(plan=str(path))
 
 
+@pytest.mark.parametrize("name", ["stall_timeout", "start_timeout"])
+def test_a_time_limit_that_is_no_time_is_refused_where_it_is_written(name: str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` must be above 0, but is 0:00:00"):
+        PipeBDStrategy(**{name: timedelta(0)})
+
+
 @pytest.mark.parametrize("max_in_flight", [0, -1])
 def test_a_queue_without_room_is_refused_where_it_is_written(max_in_flight: int) -> None:
     with pytest.raises(ValueError, match=f"`max_in_flight` must be at least 1, but is {max_in_flight}"):

@@ -14,6 +14,8 @@ NAMES = [
     "BlockwiseDistillationModule",
     "CallableBlock",
     "Candidates",
+    "CheckedCheckpointIO",
+    "CheckpointError",
     "PartitionError",
     "PipeBDStrategy",
     "PipelinePlan",
@@ -39,6 +41,8 @@ PARAMETERS = {
         "split_backward=False",
         "process_group_backend=None",
         "timeout=0:30:00",
+        "stall_timeout=0:02:00",
+        "start_timeout=0:10:00",
         "**kwargs",
     ],
     TeacherStudentModule: [
@@ -67,6 +71,7 @@ PARAMETERS = {
         "input_adapters=None",
         "target_blocks=()",
         "block_losses=None",
+        "on_nonfinite=raise",
         "example_input=None",
     ],
 }

@@ -78,6 +78,7 @@ class Executor:
         self._row_leaves: dict[tuple[int, int], tuple[bool, ...]] = {}
         self._last_uses: dict[Program, dict[int, int]] = {}
         self.current: tuple[Program, int] | None = None  # what a failure report points at
+        self.num_done = 0  # what a watcher sees progress by
 
     def run(self, program: Program, step: int, loaded: dict[int, RowTree]) -> dict[int, Tensor]:
         """Run a program.
@@ -101,6 +102,7 @@ class Executor:
             except (RelayError, TransportError) as error:
                 where = f"rank {program.rank}, step {step}, action {index + 1} of {len(program.actions)} ({action})"
                 raise RelayError(f"{where}: {error}") from error
+            self.num_done += 1
             if self.observer is not None:
                 self.observer(Span(action, start, time.perf_counter()))
             for boundary in [boundary for boundary, last in last_uses.items() if last == index]:

@@ -89,6 +89,8 @@ class PipelineExecutor:
         self._outputs = (Stream.BOUNDARY, num_teacher_blocks), (Stream.HIDDEN, num_student_blocks)
         self._observer = observer
         self._ahead: list[RowTree] = []
+        self.current: tuple[PipelineProgram, int] | None = None  # what a failure report points at
+        self.num_done = 0
         self._due: tuple[PipelineProgram, int, _State] | None = None
 
     def run(
@@ -137,12 +139,15 @@ class PipelineExecutor:
 
     def _act(self, program: PipelineProgram, place: int, state: _State) -> None:
         action = program.actions[place]
+        self.current = (program, place)
         start = time.perf_counter()
         try:
             self._do(action, state)
         except (RelayError, TransportError) as error:
             where = f"rank {program.rank}, step {state.step}, action {place + 1} of {len(program.actions)} ({action})"
             raise RelayError(f"{where}: {error}") from error
+        self.current = None
+        self.num_done += 1
         if self._observer is not None:
             self._observer(PipelineSpan(action, start, time.perf_counter()))
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["borrowed_random_states", "random_states", "random_stream", "stream_key"]
+__all__ = ["borrowed_random_states", "random_states", "random_stream", "set_random_states", "stream_key"]
 
 
 def stream_key(seed: int, *coordinates: int) -> int:
@@ -69,7 +69,8 @@ def random_states() -> dict[str, Any]:
     return states
 
 
-def _set_states(states: dict[str, Any]) -> None:
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the generators back into states that :func:`random_states` gave."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     if "numpy" in states and "numpy" in sys.modules:
@@ -80,8 +81,8 @@ def _set_states(states: dict[str, Any]) -> None:
 def borrowed_random_states(states: dict[str, Any]) -> Iterator[None]:
     """Use another rank's random states inside the context; this rank's own go on afterwards as if nothing was drawn."""
     own = random_states()
-    _set_states(states)
+    set_random_states(states)
     try:
         yield
     finally:
-        _set_states(own)
+        set_random_states(own)

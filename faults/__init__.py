@@ -1,0 +1,1 @@
+"""Everything that can fail, tried many times: ``python -m faults``."""

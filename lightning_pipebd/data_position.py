@@ -1,0 +1,67 @@
+"""Where a run stands in its data: enough to go on in the middle of an epoch as if it had never stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from lightning_pipebd.runtime.random_streams import random_states, set_random_states
+
+__all__ = ["DataPosition", "RandomMoment"]
+
+
+class RandomMoment(NamedTuple):
+    """The states of all random generators that loading draws from, at one moment, as plain data.
+
+    Plain, so that a checkpoint that holds them loads with ``weights_only=True``.
+    """
+
+    states: dict[str, Any]
+    own: list[torch.Tensor]
+
+    @classmethod
+    def now(cls, generators: Sequence[torch.Generator]) -> RandomMoment:
+        """Take the states of torch, :mod:`random`, NumPy and the loader's own generators."""
+        states = random_states()
+        if "numpy" in states:
+            name, keys, *rest = states["numpy"]
+            states["numpy"] = (str(name), torch.from_numpy(keys.astype("int64")), *map(float, rest))
+        return cls(states, [generator.get_state() for generator in generators])
+
+    def restore(self, generators: Sequence[torch.Generator]) -> None:
+        """Put the generators back into these states."""
+        states = dict(self.states)
+        if "numpy" in states:
+            name, keys, position, has_gauss, gauss = states["numpy"]
+            states["numpy"] = (name, keys.numpy().astype("uint32"), int(position), int(has_gauss), gauss)
+        states["python"] = (states["python"][0], tuple(states["python"][1]), states["python"][2])
+        set_random_states(states)
+        for generator, state in zip(generators, self.own, strict=False):
+            generator.set_state(state)
+
+
+class DataPosition(NamedTuple):
+    """A place between two batches.
+
+    Args:
+        num_batches: Batches of the epoch that were trained.
+        at_start: The random states with which the epoch's order was drawn.
+        now: The random states after these batches; ``None`` if the epoch has not begun.
+    """
+
+    num_batches: int
+    at_start: RandomMoment
+    now: RandomMoment | None
+
+    def to_plain(self) -> dict[str, Any]:
+        """Give plain data for a checkpoint."""
+        now = None if self.now is None else list(self.now)
+        return {"num_batches": self.num_batches, "at_start": list(self.at_start), "now": now}
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> DataPosition:
+        """Read back what :meth:`to_plain` gave."""
+        now = None if data["now"] is None else RandomMoment(*data["now"])
+        return cls(data["num_batches"], RandomMoment(*data["at_start"]), now)
