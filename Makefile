@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Touched last, so that an interrupted installation starts over.
 INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed_docs
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check lint faults clean
+.PHONY: help venv demo test check lint faults docs release-check clean
 
 help:
 	@echo "make demo    distil a small model over two CPU processes"
@@ -14,6 +15,8 @@ help:
 	@echo "make check   lint, types and the fast tests"
 	@echo "make faults  everything that can fail, many times; writes the table of docs/failure.md (an hour)"
 	@echo "make lint    ruff and mypy alone"
+	@echo "make docs    the pages in docs/_build/html, warnings as errors"
+	@echo "make release-check  builds sdist and wheel, installs the wheel anew and runs the smallest example"
 	@echo "make venv    the environment that the others use, in $(VENV)"
 	@echo "make clean   remove everything that was built, the environment included"
 
@@ -23,6 +26,10 @@ venv: $(INSTALLED)
 $(INSTALLED): setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off torch torchvision -e ".[test]"
+	touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -e ".[docs]"
 	touch $@
 
 demo: venv
@@ -43,6 +50,24 @@ faults: venv
 	NUM_CORRUPTIONS=500 $(BIN)/python -m pytest tests/test_checkpoint_io.py -k corrupted
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults
 
+docs: $(INSTALLED_DOCS)
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html
+
+# In an environment with nothing but the wheel and what it asks for; the example's own needs are one extra of it.
+release-check:
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --disable-pip-version-check --progress-bar off build
+	build/release/bin/python -m build --outdir dist
+	$(PYTHON) -m venv --clear build/release
+	build/release/bin/python -m pip install --disable-pip-version-check --progress-bar off torch torchvision \
+		"$$(ls $(CURDIR)/dist/*.whl)[examples]"
+	cp examples/minimal.py build/release/
+	cd build/release && env -u PYTHONPATH bin/python -c "import lightning_pipebd, pathlib; \
+		assert 'site-packages' in pathlib.Path(lightning_pipebd.__file__).parts, lightning_pipebd.__file__"
+	cd build/release && env -u PYTHONPATH bin/pipebd --help > help.txt
+	cd build/release && env -u PYTHONPATH OMP_NUM_THREADS=1 bin/python minimal.py
+
 clean:
-	rm -rf $(VENV) build dist docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs *.egg-info
+	rm -rf $(VENV) build dist docs/_build docs/_figures .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -26,7 +26,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, format_plan
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Plan, format_plan
 from lightning_pipebd.planning.plan_text import has_text_form
 
 CACHE = Path(os.environ.get("DIGITS_CACHE", Path(__file__).parent / ".cache"))
@@ -227,7 +227,7 @@ def distil(strategy: str, devices: int, report: str) -> None:
         result = {
             "accuracy": trainer.callback_metrics["val_acc"].item(),
             "epoch_s": seconds[len(seconds) // 2],
-            "plan": format_plan(plan) if plan is not None and has_text_form(plan) else "-",
+            "plan": format_plan(plan) if isinstance(plan, Plan) and has_text_form(plan) else "-",
             "parameters": sum(parameter.numel() for parameter in module.student.parameters()),
         }
         Path(report).write_text(json.dumps(result))

@@ -2,12 +2,14 @@
 
 from lightning_pipebd.checkpoint_io import CheckedCheckpointIO, CheckpointError
 from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import format_plan, parse_plan
 from lightning_pipebd.plans import load_plan, save_plan
 from lightning_pipebd.runtime.candidates import Candidates
 from lightning_pipebd.runtime.partition import CallableBlock, PartitionError
 from lightning_pipebd.strategy import PipeBDStrategy
+from lightning_pipebd.teacher_student import TeacherStudentModule
 from lightning_pipebd.timeline import Timeline
 
 __all__ = [
@@ -18,8 +20,10 @@ __all__ = [
     "CheckpointError",
     "PartitionError",
     "PipeBDStrategy",
+    "PipelinePlan",
     "Plan",
     "PlanError",
+    "TeacherStudentModule",
     "Timeline",
     "format_plan",
     "load_plan",

@@ -22,7 +22,8 @@ from lightning_pipebd.planning.curve import CostError
 from lightning_pipebd.planning.explain import Exactness, explain_plan
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook, check_exactness
-from lightning_pipebd.planning.plan import Plan
+from lightning_pipebd.planning.pipeline_plan import PipelinePlan
+from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.quantities import parse_bytes
 from lightning_pipebd.plans import resolve_plan
 from lightning_pipebd.runtime.agreement import done_by_rank_zero
@@ -75,7 +76,7 @@ class PlanFinder:
 
     def __init__(
         self,
-        plan: str | dict[str, Any] | Plan | None,
+        plan: str | dict[str, Any] | Plan | PipelinePlan | None,
         *,
         exactness: str | None,
         memory_limit: str | int | None,
@@ -93,12 +94,33 @@ class PlanFinder:
         self._costs = load_measurement(costs) if isinstance(costs, (str, Path)) else costs
         self._max_in_flight = max_in_flight
 
+    @property
+    def given(self) -> Any:
+        """What the user gave as the plan."""
+        return self._given
+
+    def refuse_for_whole_students(self) -> None:
+        """Raise for options that only mean something where plans of blocks are found from measured costs.
+
+        Raises:
+            ValueError: One was given.
+        """
+        options = {"exactness": self._exactness, "memory_limit": self._memory_limit, "costs": self._costs}
+        given = [name for name, value in options.items() if value is not None]
+        if given:
+            raise ValueError(
+                f"`{given[0]}` must be left out for a TeacherStudentModule: its plans are spread by size or given, not "
+                "found from measured costs. Give a `plan` instead."
+            )
+
     def given_plan(self, module: BlockwiseDistillationModule, num_ranks: int) -> Plan | None:
         """Give the plan as far as it is known without measuring.
 
         Raises:
             PlanError: The given plan does not fit the module or the ranks.
         """
+        if isinstance(self._given, PipelinePlan):
+            raise PlanError("`plan` must be a Plan, but a PipelinePlan is for a TeacherStudentModule. Write its text.")
         if self._given is not None:
             return resolve_plan(self._given, module, num_ranks)
         # One rank leaves no choice.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -18,12 +18,15 @@ from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
 __all__ = ["BlockMetrics"]
 
+LossName = int | str
+"""A block's index, or the name of a term of a loss of the whole student."""
+
 
 class _Report(NamedTuple):
     """What a rank tells the others at the end of an epoch; losses are this rank's part of each block's."""
 
-    sums: dict[int, float]
-    latest: dict[int, float]
+    sums: dict[LossName, float]
+    latest: dict[LossName, float]
     num_posted: int
 
 
@@ -55,17 +58,17 @@ class BlockMetrics(Callback):
         others = sorted(contributors - {0})
         self._mailboxes = {peer: Mailbox(transport, peer, Lane.METRICS) for peer in others} if is_zero else {}
         self._outbox = Outbox(transport, [0], Lane.METRICS) if transport.rank in others else None
-        self._rows: dict[int, dict[int, dict[int, float]]] = defaultdict(dict)  # step -> rank -> block -> loss
+        self._rows: dict[int, dict[int, dict[LossName, float]]] = defaultdict(dict)  # step -> rank -> block -> loss
         self._epochs: dict[int, int] = {}
-        self._sums: dict[int, Tensor] = {}
+        self._sums: dict[LossName, Tensor] = {}
         self._num_rows = 0
         self._num_posted = 0
         self._num_received: dict[int, int] = defaultdict(int)
-        self._latest: dict[int, Tensor] = {}
+        self._latest: dict[LossName, Tensor] = {}
 
-    def record(self, losses: dict[int, Tensor], num_rows: int) -> None:
+    def record(self, losses: Mapping[Any, Tensor], num_rows: int) -> None:
         """Take in this rank's parts of the block losses of a batch; reads no value from the device."""
-        self._latest = losses
+        self._latest = dict(losses)
         self._num_rows += num_rows
         for block, loss in losses.items():
             weighted = loss.double() * num_rows
@@ -95,7 +98,7 @@ class BlockMetrics(Callback):
         """Post or write the block losses if Lightning logs at this step."""
         if isinstance(outputs, dict) and self._latest:
             # The closure's own loss is a stand-in: the real ones exist only after the program has run.
-            outputs["loss"] = torch.stack(list(self._latest.values())).sum() / trainer.accumulate_grad_batches
+            outputs["loss"] = metrics_of(pl_module, self._latest)["train/loss"] / trainer.accumulate_grad_batches
         if is_logging_step(trainer):
             step = logging_step(trainer)
             if self._transport.rank == 0:
@@ -132,17 +135,16 @@ class BlockMetrics(Callback):
 
     def _post(self, step: int) -> None:
         assert self._outbox is not None
-        blocks = torch.tensor(list(self._latest), dtype=torch.int64)
         losses = torch.tensor([loss.item() for loss in self._latest.values()], dtype=torch.float64)
-        self._outbox.post(Message((step, 0, 0, 0), (blocks, losses)))
+        self._outbox.post(Message((step, 0, 0, 0), (tuple(self._latest), losses)))
         self._num_posted += 1
 
     def _take(self, peer: int, message: Message, trainer: Trainer) -> None:
         self._num_received[peer] += 1
-        blocks, losses = message.tree
-        self._note(peer, message.fields[0], dict(zip(blocks.tolist(), losses.tolist(), strict=True)), trainer)
+        names, losses = message.tree
+        self._note(peer, message.fields[0], dict(zip(names, losses.tolist(), strict=True)), trainer)
 
-    def _note(self, rank: int, step: int, losses: dict[int, float], trainer: Trainer) -> None:
+    def _note(self, rank: int, step: int, losses: dict[LossName, float], trainer: Trainer) -> None:
         self._rows[step][rank] = losses
         self._epochs.setdefault(step, trainer.current_epoch)
 
@@ -160,14 +162,19 @@ class BlockMetrics(Callback):
             )
 
     @staticmethod
-    def _merge(module: Any, parts: Iterable[dict[int, float]]) -> dict[str, float]:
-        losses: dict[int, float] = defaultdict(float)
+    def _merge(module: Any, parts: Iterable[dict[LossName, float]]) -> dict[str, float]:
+        losses: dict[LossName, float] = defaultdict(float)
         for part in parts:
-            for block, loss in part.items():
-                losses[block] += loss
-        values = {module.block_key(block): loss for block, loss in sorted(losses.items())}
-        return {**values, "train/loss": sum(losses.values())}
+            for name, loss in part.items():
+                losses[name] += loss
+        return metrics_of(module, losses)
 
 
-def _read(losses: dict[int, Tensor]) -> dict[int, float]:
+def metrics_of(module: Any, losses: Mapping[LossName, Any]) -> dict[str, Any]:
+    """Name a step's losses as the module logs them."""
+    found: dict[str, Any] = module.metrics(losses)
+    return found
+
+
+def _read(losses: dict[LossName, Tensor]) -> dict[LossName, float]:
     return {block: loss.item() for block, loss in losses.items()}

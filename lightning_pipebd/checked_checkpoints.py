@@ -15,6 +15,7 @@ from lightning_pipebd.data import POSITION
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy, silence_resume_warning
 from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession
 
@@ -38,7 +39,7 @@ class CheckedCheckpoints(ProcessGroupStrategy):
         super().__init__(**kwargs)
         self.position: DataPosition | None = None
         self._transport: ProcessGroupTransport | None = None
-        self._session: TrainingSession | None = None
+        self._session: TrainingSession | PipelineSession | None = None
         self._handed_over_at = -1
 
     @override
@@ -69,7 +70,8 @@ class CheckedCheckpoints(ProcessGroupStrategy):
         try:
             super().load_model_state_dict(checkpoint, strict)
         except RuntimeError as error:
-            assert isinstance(self.lightning_module, BlockwiseDistillationModule)
+            if not isinstance(self.lightning_module, BlockwiseDistillationModule):
+                raise
             differences = find_differences(self.lightning_module, checkpoint["state_dict"])
             msg = f"The checkpoint must be of this model, but differs in {'; '.join(differences)}. Use its model."
             raise ValueError(msg) from error

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
-from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
 __all__ = ["PrunedOptimizer", "hand_over", "synchronise", "synchronise_models"]
@@ -31,6 +31,10 @@ class PrunedOptimizer:
         optimizer: Made by the user over all parameters; its groups shrink.
         is_local: Whether this rank updates a parameter.
         is_owned: Whether this rank's state of a parameter goes into checkpoints; true on exactly one rank.
+
+    Attributes:
+        optimizer: The optimizer.
+        dtypes: Types of all parameters that there were.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class PrunedOptimizer:
     ) -> None:
         self.optimizer = optimizer
         self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self.dtypes = [parameter.dtype for group in optimizer.param_groups for parameter in group["params"]]
         self._local: list[int] = []
         self._owned: set[int] = set()
         number = 0
@@ -56,6 +61,11 @@ class PrunedOptimizer:
                     self._owned.add(number)
                 number += 1
             group["params"] = kept
+
+    @property
+    def local_numbers(self) -> list[int]:
+        """For each parameter that is left, its number among all that there were."""
+        return self._local
 
     def state(self, transport: Transport) -> dict[str, Any]:
         """**Collective** over all ranks: give the state in the layout of one device; complete on rank 0 only."""
@@ -116,14 +126,16 @@ def hand_over(transport: Transport, tensors_and_owners: Iterable[tuple[Sequence[
                         tensor.copy_(part.view_as(tensor))
 
 
-def synchronise_models(transport: Transport, module: BlockwiseDistillationModule) -> None:
+def synchronise_models(transport: Transport, module: DistillationModule) -> None:
     """**Collective** over all ranks: give every rank rank 0's models and seed; warns if teachers differed."""
     module.random_seed = transport.all_gather_object(module.random_seed)[0]
     teacher = [(f"teacher.{name}", value) for name, value in module.teacher.state_dict(keep_vars=True).items()]
     own = list(module.state_dict(keep_vars=True).items())
     tensors = [(name, value) for name, value in [*teacher, *own] if isinstance(value, Tensor)]
     different = synchronise(transport, tensors)
-    if any(name.startswith("teacher.") for name in different):
+    # A momentum teacher begins as a copy of the student, and differs wherever that does.
+    is_frozen = "teacher" not in dict(module.named_children())
+    if is_frozen and any(name.startswith("teacher.") for name in different):
         warnings.warn(
             "The ranks had built different teachers; all took rank 0's. Load its weights from a file, or call "
             "`seed_everything` first.",

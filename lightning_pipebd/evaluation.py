@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from lightning_pipebd.data import EvaluationLoader
-from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.distillation_module import DistillationModule
 
 __all__ = ["CompleteValues"]
 
@@ -24,7 +24,7 @@ class CompleteValues:
         self._silenced: list[tuple[Metric, Callable[[], bool]]] = []
 
     @contextmanager
-    def step(self, module: BlockwiseDistillationModule, dataloader_idx: int) -> Iterator[None]:
+    def step(self, module: DistillationModule, dataloader_idx: int) -> Iterator[None]:
         """Run the user's step on a batch of a loader inside the context."""
         trainer = module.trainer
         loaders = pytree.tree_leaves(trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders)

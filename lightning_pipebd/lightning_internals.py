@@ -35,6 +35,7 @@ __all__ = [
     "StagedBatch",
     "StagedBatchModule",
     "add_callback",
+    "before_transfer",
     "is_logging_step",
     "launched_processes",
     "logging_step",
@@ -246,6 +247,12 @@ def silence_sigterm_broadcast(trainer: Trainer) -> None:
 def silence_resume_warning() -> None:
     """Have Lightning not warn of loaders that cannot go on in the middle of an epoch: under the strategy, they can."""
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+
+
+def before_transfer(module: LightningModule, batch: Any) -> Any:
+    """Do to a batch what Lightning's training loop does before it asks the strategy to move it."""
+    batch = module.trainer.precision_plugin.convert_input(batch)
+    return module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
 def seed_workers(loader: object, position: int) -> None:

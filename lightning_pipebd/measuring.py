@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from lightning_pipebd.measurement_key import measurement_key
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, CostTable, DeviceTimes, LinkCost, Overheads
+from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.explain import BlockTraits
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.runtime.agreement import done_by_all, done_by_rank_zero
@@ -248,8 +250,10 @@ def _measure(
     transport.connect(probe_edges(nodes), probe_groups(len(nodes)))
     links = measure_links(transport, nodes, bench.device, num_threads=machines[0].num_threads)
     peers = [rank for rank, other in enumerate(machines) if other.device_class == machines[transport.rank].device_class]
-    own = range(peers.index(transport.rank), bench.module.num_blocks, len(peers))
-    findings = done_by_all(transport, lambda: _measure_own(bench, optimizers, batch, list(own), num_ranks))
+    # Every block by two ranks: if one of them is disturbed, that must not look like a slow block.
+    place, num_blocks = peers.index(transport.rank), bench.module.num_blocks
+    own = sorted({*range(place, num_blocks, len(peers)), *range((place + 1) % len(peers), num_blocks, len(peers))})
+    findings = done_by_all(transport, lambda: _measure_own(bench, optimizers, batch, own, num_ranks))
     return done_by_rank_zero(transport, lambda: _put_together(bench, machines, batch, first, links, findings))
 
 
@@ -326,19 +330,19 @@ def _put_together(
 ) -> Measurement:
     num_rows, module = count_rows(batch[0]), bench.module
     boundary_bytes = findings[0].profile.boundary_bytes_per_row
-    classes: dict[str, dict[int, BlockTimes]] = {}
+    classes: dict[str, dict[int, list[BlockTimes]]] = {}
     sizes: dict[int, BlockSizes] = {}
     for machine, found in zip(machines, findings, strict=True):
         times = classes.setdefault(machine.device_class, {})
         for block, own in found.profile.blocks.items():
-            times[block] = replace(own.times, update_ms=found.update_ms[block])
+            times.setdefault(block, []).append(replace(own.times, update_ms=found.update_ms[block]))
             sizes[block] = replace(own.sizes, optimizer_bytes=found.optimizer_bytes[block])
     labels = [leaf for leaf in pytree.tree_leaves(batch[1]) if isinstance(leaf, Tensor)]
     uncertainty = max(found.profile.uncertainty for found in findings)
     costs = CostTable(
         blocks=tuple(sizes[block] for block in range(module.num_blocks)),
         devices=tuple(
-            DeviceTimes(device_class=name, blocks=tuple(times[block] for block in range(module.num_blocks)))
+            DeviceTimes(device_class=name, blocks=tuple(_mean(times[block]) for block in range(module.num_blocks)))
             for name, times in classes.items()
         ),
         boundary_bytes_per_row=boundary_bytes,
@@ -360,6 +364,17 @@ def _put_together(
         ),
         target_blocks=tuple(module.target_blocks),
         whole_reason=next((found.profile.whole_reason for found in findings if found.profile.whole_reason), ""),
+    )
+
+
+def _mean(times: Sequence[BlockTimes]) -> BlockTimes:
+    def merge(curves: Sequence[Curve]) -> Curve:
+        return Curve((rows, fmean(curve.at(rows) for curve in curves)) for rows in curves[0].amounts)
+
+    return BlockTimes(
+        teach_ms=merge([own.teach_ms for own in times]),
+        learn_ms=merge([own.learn_ms for own in times]),
+        update_ms=fmean(own.update_ms for own in times),
     )
 
 

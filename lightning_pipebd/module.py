@@ -9,24 +9,21 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from lightning_pipebd.lightning_internals import StagedBatchModule
+from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.losses import BLOCK_LOSSES
 from lightning_pipebd.nonfinite import FiniteGuard
+from lightning_pipebd.runtime.block_calls import BlockCalls
 from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
 from lightning_pipebd.runtime.candidates import target_of
-from lightning_pipebd.runtime.partition import call_block
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
 from lightning_pipebd.runtime.row_trees import count_rows
 
 __all__ = ["BlockwiseDistillationModule"]
 
-_SEED_KEY = "block_random_seed"
 
-
-class BlockwiseDistillationModule(StagedBatchModule):
+class BlockwiseDistillationModule(DistillationModule):
     """Train every block of a student to imitate its block of a teacher, from the teacher's own activations.
 
     .. code-block:: python
@@ -77,8 +74,6 @@ class BlockwiseDistillationModule(StagedBatchModule):
         ValueError: Blocks, adapters or losses are named that do not exist.
     """
 
-    teacher: nn.Module
-    student: nn.Module
     adapters: nn.ModuleDict
 
     def __init__(
@@ -97,8 +92,7 @@ class BlockwiseDistillationModule(StagedBatchModule):
         example_input: Any = None,
     ) -> None:
         super().__init__()
-        # Past nn.Module's bookkeeping on purpose: a frozen teacher must not reach checkpoints, optimizers or train().
-        object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
+        self.hide_teacher(teacher)
         self.student = student
         self.block_pairs: BlockPairs = pair_blocks(teacher, student, block_map, teacher_blocks, student_blocks)
         pairs = self.block_pairs
@@ -113,8 +107,8 @@ class BlockwiseDistillationModule(StagedBatchModule):
             block: _resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
         }
         self.finite_guard = FiniteGuard(on_nonfinite)
-        self._modifies_input: dict[tuple[str, int], bool] = {}
-        self._random_seed: int | None = None
+        self._teacher_calls = BlockCalls(pairs.teacher, "teacher")
+        self._student_calls = BlockCalls(pairs.student, "student")
         if example_input is not None:
             self.check_shapes(example_input)
 
@@ -168,17 +162,6 @@ class BlockwiseDistillationModule(StagedBatchModule):
 
     # What users override.
 
-    def unpack_batch(self, batch: Any) -> tuple[Any, Any]:
-        """Divide a batch into the teacher's input and the labels.
-
-        A pair is ``(inputs, labels)``; anything else is all input. Override for other batches.
-        """
-        if isinstance(batch, (tuple, list)) and len(batch) == 2:
-            return batch[0], batch[1]
-        if isinstance(batch, (tuple, list)) and len(batch) == 1:
-            return batch[0], None
-        return batch, None
-
     def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:
         """Say how far a student block is from its teacher block: a mean over rows.
 
@@ -190,17 +173,12 @@ class BlockwiseDistillationModule(StagedBatchModule):
         """
         return self._losses.get(block, BLOCK_LOSSES["mse"])(student_output, teacher_output)
 
-    @override
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the whole student."""
-        return self.student(*args, **kwargs)
-
     # What a strategy calls, and `training_step` below.
 
     def teach(self, block: int, boundary: Any) -> Any:
         """Give the teacher's boundary ``block + 1``; ``boundary`` stays unchanged."""
         with torch.no_grad():
-            return self._call("teacher", block, boundary)
+            return self._teacher_calls(block, boundary)
 
     def imitate(
         self,
@@ -250,38 +228,11 @@ class BlockwiseDistillationModule(StagedBatchModule):
     def _rate(self, block: int, boundary: Any, teacher_output: Any, targets: Any) -> Tensor:
         if f"input_{block}" in self.adapters:
             boundary = self.adapters[f"input_{block}"](boundary)
-        output = self._call("student", block, boundary)
+        output = self._student_calls(block, boundary)
         if f"output_{block}" in self.adapters:
             output = self.adapters[f"output_{block}"](output)
         wanted = targets if block in self.target_blocks else None
         return self.block_loss(block, output, target_of(teacher_output), wanted)
-
-    @property
-    def random_seed(self) -> int:
-        """Seed of all blocks' random streams: that of the run, kept in checkpoints."""
-        if self._random_seed is None:
-            self._random_seed = torch.initial_seed()
-        return self._random_seed
-
-    @random_seed.setter
-    def random_seed(self, seed: int) -> None:
-        self._random_seed = seed
-
-    def _call(self, role: str, block: int, boundary: Any) -> Any:
-        # A block may begin with an in-place operation (ReLU(inplace=True) after a cut). Its input is also a target of
-        # the block before it and perhaps on its way to another rank, so such a block works on a copy.
-        partition = self.block_pairs.teacher if role == "teacher" else self.block_pairs.student
-        known = self._modifies_input.get((role, block))
-        given = boundary if known is False else pytree.tree_map_only(Tensor, torch.clone, boundary)
-        versions = [leaf._version for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-        output = call_block(partition.blocks[block], given)
-        after = [leaf._version for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
-        if known is False and versions != after:
-            msg = f"{role} block {block} changed its input in place now, but did not do so on the first batch"
-            raise RuntimeError(msg)
-        if known is None:
-            self._modifies_input[role, block] = versions != after
-        return output
 
     # Lightning's hooks: the reference, block after block in one process.
 
@@ -298,6 +249,11 @@ class BlockwiseDistillationModule(StagedBatchModule):
         total = sum(losses[1:], losses[0])
         self._log_losses({block: loss.detach() for block, loss in enumerate(losses)}, total.detach(), num_rows)
         return {"loss": total}
+
+    def metrics(self, losses: Mapping[int, Any]) -> dict[str, Any]:
+        """Name the blocks' losses as they are logged, and add their sum."""
+        values = {self.block_key(block): loss for block, loss in sorted(losses.items())}
+        return {**values, "train/loss": sum(losses.values())}
 
     def _log_losses(self, losses: dict[int, Tensor], total: Tensor, num_rows: int) -> None:
         values = {self.block_key(block): loss for block, loss in losses.items()} | {"train/loss": total}
@@ -334,22 +290,16 @@ class BlockwiseDistillationModule(StagedBatchModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed of the random streams, so that a resumed run draws what the first would have drawn."""
-        checkpoint[_SEED_KEY] = self.random_seed
+        """Keep which blocks have stopped; what is not finite is raised before it is saved."""
+        super().on_save_checkpoint(checkpoint)
         self.finite_guard.flush()
         self.finite_guard.save(checkpoint, [self.finite_guard.stopped])
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the seed of the run that wrote the checkpoint."""
-        self._random_seed = checkpoint.get(_SEED_KEY, self._random_seed)
+        """Take up which blocks have stopped."""
+        super().on_load_checkpoint(checkpoint)
         self.finite_guard.load(checkpoint)
-
-    @override
-    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> BlockwiseDistillationModule:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own hook
-        self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own hook
-        return self
 
 
 def _resolve_loss(loss: str | Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:

@@ -233,7 +233,7 @@ class TrainingSession:
         if self._is_open and not self._is_abandoned:
             self.close()
 
-    def is_for(self, module: BlockwiseDistillationModule) -> bool:
+    def is_for(self, module: object) -> bool:
         """Tell whether this fit is or was the module's."""
         return module is self._module
 

@@ -18,28 +18,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader, explain_found, find_plan_of_fit
+from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader
 from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
 from lightning_pipebd.checkpoint import synchronise_models
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
 from lightning_pipebd.lightning_internals import COMPLETE, seed_workers, silence_sigterm_broadcast
+from lightning_pipebd.pipeline_data import AheadBatch
+from lightning_pipebd.pipeline_options import PipelineOptions
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
-from lightning_pipebd.preflight import (
-    check_callbacks,
-    check_optimizers,
-    check_schedulers,
-    check_trainer,
-    require_module,
-    warn_of_statistics,
-)
+from lightning_pipebd.preflight import check_callbacks, check_schedulers
 from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
-from lightning_pipebd.session import TrainingSession, plan_edges
+from lightning_pipebd.session import TrainingSession
+from lightning_pipebd.session_choice import PlanRequest, SessionChoice, check_session_optimizers, require_module
 
 __all__ = ["PipeBDStrategy"]
 
@@ -59,6 +56,8 @@ class PipeBDStrategy(CheckedCheckpoints):
         plan: Which rank computes which rows of which block: text (``"0-1|2-3"``, ``"0-1*2|2-5"``), ``"joint"``, the
             path of a YAML file, its content as a dictionary, or a :class:`~lightning_pipebd.planning.plan.Plan`.
             ``None`` measures the blocks at the beginning of ``fit``, and finds the plan with the smallest step time.
+            For a :class:`~lightning_pipebd.TeacherStudentModule`, which rank has which block of both models: such
+            text, ``"0-3|4-7 / 0-1|2-3"`` for models cut differently, or a :class:`~lightning_pipebd.PipelinePlan`.
         exactness: How closely the student of one process must be reproduced: ``"bitwise"`` divides no rows; ``None``,
             as ``"summation"``, also divides the rows of blocks for which that changes only the order of sums.
         memory_limit: Memory that each rank may use, such as ``"16GiB"``; a plan that needs more is refused. ``None``
@@ -67,6 +66,10 @@ class PipeBDStrategy(CheckedCheckpoints):
             a :class:`~lightning_pipebd.planning.costs.CostTable`.
         max_in_flight: Steps of boundaries that wait at the receiver, and as many under way to it, at least 1: a rank
             runs ahead of its receiver by up to twice that. More hides more jitter and holds more activations.
+        num_micro_batches: Parts of each batch of a TeacherStudentModule along time; ``None`` takes four for each rank,
+            or one where cutting would change what the student learns.
+        schedule: Order of a TeacherStudentModule's work: ``"1f1b"``, ``"gpipe"`` or ``"teacher-first"``.
+        split_backward: Whether a TeacherStudentModule's gradients of weights may wait for a gap.
         process_group_backend: Backend of the default process group; ``None`` takes NCCL on GPUs and gloo elsewhere.
         timeout: Time after which a collective operation (validation, checkpoint, a shared block's reduction) fails,
             and after which hooks, evaluation and saving count as stalled.
@@ -82,12 +85,15 @@ class PipeBDStrategy(CheckedCheckpoints):
 
     def __init__(
         self,
-        plan: str | dict[str, Any] | Plan | None = None,
+        plan: str | dict[str, Any] | Plan | PipelinePlan | None = None,
         *,
         exactness: str | None = None,
         memory_limit: str | int | None = None,
         costs: str | CostTable | Measurement | None = None,
         max_in_flight: int = 2,
+        num_micro_batches: int | None = None,
+        schedule: str = "1f1b",
+        split_backward: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
         stall_timeout: timedelta | None = timedelta(minutes=2),
@@ -101,9 +107,10 @@ class PipeBDStrategy(CheckedCheckpoints):
         check_time_limit("start_timeout", start_timeout)
         self._time_limits = (stall_timeout, timeout)
         self._start_timeout = start_timeout
-        self._finder = PlanFinder(
+        finder = PlanFinder(
             plan, exactness=exactness, memory_limit=memory_limit, costs=costs, max_in_flight=max_in_flight
         )
+        self._request = PlanRequest(finder, PipelineOptions(num_micro_batches, schedule, split_backward))
         self._found: FoundPlan | None = None
         self._max_in_flight = max_in_flight
         self._shares_logs = False
@@ -117,10 +124,10 @@ class PipeBDStrategy(CheckedCheckpoints):
         strategy_registry.register("pipebd", cls, description=cls.__doc__ or "")
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> Plan | PipelinePlan | None:
         """The plan for the connected module; ``None`` while one is yet to be found."""
         module = require_module(self.lightning_module)
-        given = self._finder.given_plan(module, self.num_nodes * self.num_processes)
+        given = self._request.given_plan(module, self.num_nodes * self.num_processes)
         return self._found.plan if given is None and self._found is not None else given
 
     @property
@@ -135,8 +142,8 @@ class PipeBDStrategy(CheckedCheckpoints):
 
     @property
     def session(self) -> TrainingSession | None:
-        """What trains on this rank; ``None`` before the first ``fit``."""
-        return self._session
+        """What trains blocks on this rank; ``None`` before the first ``fit``, or if a whole student is trained."""
+        return self._session if isinstance(self._session, TrainingSession) else None
 
     # Set-up.
 
@@ -144,9 +151,7 @@ class PipeBDStrategy(CheckedCheckpoints):
     def preflight(self, trainer: Trainer) -> None:
         module = require_module(self.lightning_module)
         self._found = None
-        check_trainer(trainer, module, self.plan)
-        if trainer.state.fn == TrainerFn.FITTING:
-            self._finder.check(self.plan, module, self)
+        self._request.check(trainer, module, self.num_nodes * self.num_processes)
 
     @override
     def setup_environment(self) -> None:
@@ -175,37 +180,31 @@ class PipeBDStrategy(CheckedCheckpoints):
             self.setup_precision_plugin()
             return
         check_callbacks(trainer)
-        self._found = find_plan_of_fit(self, self._finder, trainer, module, self._transport)
-        plan = self._found.plan
-        groups = [plan.student_ranks(block) for block in range(plan.num_blocks)]
-        self._transport.connect(plan_edges(plan, module.target_blocks), groups)
-        self._session = TrainingSession(
-            module,
-            plan,
-            self._transport,
+        choice = SessionChoice.open(
+            self._request,
             self,
+            trainer,
+            module,
+            self._transport,
             max_in_flight=self._max_in_flight,
             time_limits=self._time_limits,
         )
+        self._session, self._found = choice.session, choice.found
         self._session.resumed, self.position = self.position, None
-        if self.layer_sync:
-            self._session.synchronise_batch_norm(self._transport)
-        self._session.place_blocks()
         # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which begins
         # to load.
         self._session.begin(trainer, self.sharing_logs, self._assemble_student)
-        self._session.report(self._found.outlook)
+        choice.report()
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         silence_sigterm_broadcast(trainer)
-        warn_of_statistics(plan, module, is_synchronised=self.layer_sync)
-        rank_zero_info(explain_found(self._found, module, is_synchronised=self.layer_sync))
+        rank_zero_info(choice.explanation)
 
     @override
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
         module = require_module(self.lightning_module)
-        check_optimizers(self.optimizers, module)
+        check_session_optimizers(self.optimizers, module)
         check_schedulers(self.lr_scheduler_configs)
         assert self._session is not None
         self._session.prune(self.optimizers)
@@ -237,6 +236,8 @@ class PipeBDStrategy(CheckedCheckpoints):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         if isinstance(batch, BatchHeader):
             return batch
+        if isinstance(batch, AheadBatch):
+            return batch.moved(require_module(self.lightning_module), self.batch_to_device)
         return super().batch_to_device(batch, device, dataloader_idx)
 
     @override

@@ -145,7 +145,10 @@ def _session(trainer: Trainer) -> TrainingSession:
             f"`Timeline` must run under `strategy='pipebd'`, but the strategy is {type(strategy).__name__}. Use "
             "Trainer(profiler=...) there."
         )
-    assert strategy.session is not None
+    if strategy.session is None:
+        raise TypeError(
+            "`Timeline` must watch a BlockwiseDistillationModule, but a whole student is trained. Leave it out."
+        )
     return strategy.session
 
 

@@ -23,9 +23,11 @@ from lightning_pipebd.lightning_internals import (
     StagedBatchModule,
     add_callback,
     remove_callback,
+    request_train_loader,
     silence_sigterm_broadcast,
     user_callbacks,
     validates_by_time,
+    without_train_loader,
 )
 
 #: Function, and the names of its parameters that we use.
@@ -136,3 +138,28 @@ def test_a_staged_batch_is_passed_through_untouched() -> None:
     staged = StagedBatch()
     assert Transferring()._on_before_batch_transfer(staged) is staged
     assert Transferring()._on_before_batch_transfer(7) == ("seen", 7)
+
+
+def test_the_training_loader_is_asked_for_where_lightning_asks() -> None:
+    trainer, loader = Trainer(accelerator="cpu", logger=False), [torch.zeros(1)]
+    trainer.fit_loop._data_source.instance = loader
+    assert request_train_loader(trainer) is loader
+
+
+def test_a_loader_that_was_set_up_meanwhile_is_forgotten() -> None:
+    trainer = Trainer(accelerator="cpu", logger=False)
+    before = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+    assert before[0] is None
+    with without_train_loader(trainer):
+        trainer.fit_loop._combined_loader = trainer.fit_loop._data_fetcher = object()
+    assert (trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher) == before
+
+
+def test_nothing_is_logged_while_a_module_is_measured() -> None:
+    module = StagedBatchModule()
+    with module.not_logging():
+        module.log("loss", 1.0)
+        module.log_dict({"loss": 1.0})
+    # Without a trainer Lightning only warns.
+    with pytest.warns(UserWarning, match="the `self.trainer` reference is not registered on the model yet"):
+        module.log("loss", 1.0)

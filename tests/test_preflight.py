@@ -114,7 +114,9 @@ class OwnClipping(LinearModule):
 
 
 def test_another_kind_of_module_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"must train a BlockwiseDistillationModule, but got Plain\. Subclass"):
+    with pytest.raises(
+        TypeError, match=r"must train a BlockwiseDistillationModule or a TeacherStudentModule, but got Plain\. Subclass"
+    ):
         fit(Plain())
 
 

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_pipebd
-from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Timeline
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, TeacherStudentModule, Timeline
 
 NAMES = [
     "BlockwiseDistillationModule",
@@ -18,8 +18,10 @@ NAMES = [
     "CheckpointError",
     "PartitionError",
     "PipeBDStrategy",
+    "PipelinePlan",
     "Plan",
     "PlanError",
+    "TeacherStudentModule",
     "Timeline",
     "format_plan",
     "load_plan",
@@ -34,11 +36,29 @@ PARAMETERS = {
         "memory_limit=None",
         "costs=None",
         "max_in_flight=2",
+        "num_micro_batches=None",
+        "schedule=1f1b",
+        "split_backward=False",
         "process_group_backend=None",
         "timeout=0:30:00",
         "stall_timeout=0:02:00",
         "start_timeout=0:10:00",
         "**kwargs",
+    ],
+    TeacherStudentModule: [
+        "teacher",
+        "student",
+        "block_map=None",
+        "*, teacher_cuts=None",
+        "student_cuts=None",
+        "teacher_blocks=None",
+        "student_blocks=None",
+        "predictor=None",
+        "momentum=None",
+        "teacher_delay=0",
+        "buffers=average",
+        "views=False",
+        "full_batch_loss=False",
     ],
     Timeline: ["path=timeline.json", "*, first_step=8", "num_steps=8", "plot=None"],
     BlockwiseDistillationModule: [
@@ -68,6 +88,17 @@ METHODS = {
 }
 
 
+#: The same for a module with a loss of the whole student.
+WHOLE_METHODS = {
+    "loss": "(self, student_output, teacher_output, targets)",
+    "unpack_batch": "(self, batch)",
+    "teacher_inputs": "(self, inputs)",
+    "teacher_momentum": "(self, num_updates)",
+    "on_teacher_update": "(self)",
+    "trainable_parameters": "(self)",
+}
+
+
 def written(parameters: list[Parameter]) -> list[str]:
     """Write parameters as in a call, the first keyword-only one after a star."""
     keyword_only = [parameter.name for parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY][:1]
@@ -88,11 +119,17 @@ def test_constructor_parameters(owner: type) -> None:
     assert written(list(signature(owner).parameters.values())) == PARAMETERS[owner]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_methods(name: str) -> None:
-    own = signature(getattr(BlockwiseDistillationModule, name))
+@pytest.mark.parametrize(
+    ("owner", "name", "expected"),
+    [
+        *((BlockwiseDistillationModule, *method) for method in METHODS.items()),
+        *((TeacherStudentModule, *method) for method in WHOLE_METHODS.items()),
+    ],
+)
+def test_methods(owner: type, name: str, expected: str) -> None:
+    own = signature(getattr(owner, name))
     bare = [parameter.replace(annotation=Parameter.empty) for parameter in own.parameters.values()]
-    assert str(own.replace(parameters=bare, return_annotation=Parameter.empty)) == METHODS[name]
+    assert str(own.replace(parameters=bare, return_annotation=Parameter.empty)) == expected
 
 
 def test_the_strategy_is_known_by_name() -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
 from lightning_pipebd.planning.clock import clock_ticks
+from lightning_pipebd.planning.pipeline_program import PipelineAction
 from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
 from lightning_pipebd.planning.routing import Message, merge_rows
@@ -27,7 +28,9 @@ class LawError(ValueError):
         found: What is there instead, as the end of "must obey ..., but".
     """
 
-    def __init__(self, law: str, rank: int, action_index: int | None, action: Action | None, found: str) -> None:
+    def __init__(
+        self, law: str, rank: int, action_index: int | None, action: Action | PipelineAction | None, found: str
+    ) -> None:
         place = f"`programs[{rank}]`" if action_index is None else f"`programs[{rank}].actions[{action_index}]`"
         what = "" if action is None else f" ({action})"
         super().__init__(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from lightning_pipebd.runtime.transport import Pending, Transport
 
-__all__ = ["BlockScaler", "GradientReducer"]
+__all__ = ["BlockScaler", "GradientReducer", "clip_norm_over_ranks"]
 
 
 class GradientReducer:
@@ -67,6 +68,43 @@ def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
     ]
     presence = parts[0].new_tensor([parameter.grad is not None for parameter in parameters])
     return torch.cat([*parts, presence])
+
+
+def clip_norm_over_ranks(
+    transport: Transport,
+    parameters: Sequence[nn.Parameter],
+    numbers: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    *,
+    max_norm: float,
+    device: torch.device,
+) -> Tensor:
+    """**Collective** over all ranks: clip gradients by their norm over all ranks, and give that norm.
+
+    The ranks exchange the norm of each gradient, not the sum of their squares, so that the norm of all is computed as
+    one process computes it, to the last bit.
+
+    Args:
+        transport: Reaches the other ranks.
+        parameters: Parameters of this rank.
+        numbers: Number of each among the parameters of all ranks.
+        dtypes: Type of every parameter of all ranks.
+        max_norm: Norm that gradients are clipped to.
+        device: Where this rank computes.
+    """
+    local = [(number, p.grad) for number, p in zip(numbers, parameters, strict=True) if p.grad is not None]
+    table = torch.zeros(2, len(dtypes), dtype=torch.float64, device=device)
+    for (number, _), norm in zip(local, torch._foreach_norm([grad for _, grad in local]) if local else (), strict=True):
+        table[0, number], table[1, number] = norm, 1.0
+    if transport.num_ranks > 1:
+        transport.all_reduce(table, tuple(range(transport.num_ranks))).wait()
+    is_present = table[1] > 0
+    present = [dtype for dtype, flag in zip(dtypes, is_present.tolist(), strict=True) if flag]
+    if not present:
+        return torch.zeros((), device=device)
+    total: Tensor = torch.linalg.vector_norm(table[0][is_present].to(reduce(torch.promote_types, present)))
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return total
 
 
 class BlockScaler:

@@ -1,8 +1,8 @@
 """The profiler: how long every block takes, and what it holds, on real activations and without leaving a trace.
 
 One walk through the teacher brings every measured block its boundary and its target, for several numbers of rows; then
-the blocks are taught and learned in rounds. Ranks with equal devices measure different blocks at the same time, which
-is also what they will do in training.
+the blocks are taught and learned in rounds. Ranks measure different blocks at the same time, which is also what they
+will do in training.
 """
 
 from __future__ import annotations

@@ -80,8 +80,9 @@ def _take(table: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], list[t
 
 
 def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor) and not is_lazy(value) and not value.is_meta:
-        return value.detach().clone()
+    if isinstance(value, Tensor):
+        is_plain = not is_lazy(value) and not value.is_meta and value.layout is torch.strided
+        return value.detach().clone() if is_plain else None
     # Containers of torch's own tables are restored as entries of their own; here it is users' lists and counters.
     return copy.copy(value) if type(value) in (list, dict, set, deque) else None
 
@@ -103,7 +104,7 @@ def _put_back(table: dict[str, Any], entries: dict[str, Any], contents: list[tup
 
 def _are_equal(left: Tensor, right: Tensor) -> bool:
     # As bytes, so that not-a-number equals itself.
-    if left.layout is not torch.strided or left.is_quantized:
+    if left.is_quantized:
         return False
     bytes_of = (tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (left, right))
     return torch.equal(*bytes_of)

@@ -1,0 +1,300 @@
+"""What users may say about an end-to-end training under a plan, checked against the module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_pipebd.lightning_internals import validates_by_time
+from lightning_pipebd.planning.explain import Exactness
+from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
+from lightning_pipebd.planning.pipeline_explain import explain_pipeline, pipeline_exactness
+from lightning_pipebd.planning.pipeline_plan import PipelinePlan
+from lightning_pipebd.planning.pipeline_program import PipelineKind
+from lightning_pipebd.planning.pipeline_schedule import Durations, Schedule
+from lightning_pipebd.planning.plan import PlanError
+from lightning_pipebd.preflight import check_callbacks
+from lightning_pipebd.runtime.partition import has_batch_statistics, is_stochastic
+from lightning_pipebd.teacher_student import TeacherStudentModule
+
+__all__ = ["PipelineOptions", "check_pipeline_optimizers", "pipeline_edges"]
+
+# In the steady state three micro-batches per rank and batch are lost in filling and draining a student's pipeline; the
+# teacher fills that time if there are about four of them per rank.
+_MICRO_BATCHES_PER_RANK = 4
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineOptions:
+    """How batches are cut and ordered.
+
+    Args:
+        num_micro_batches: Parts of a batch; ``None`` chooses four for each rank, or one where cutting would change what
+            the student learns.
+        schedule: Name of the order.
+        split_backward: Whether the gradients of the weights may wait.
+
+    Raises:
+        ValueError: A number is below 1, or a schedule is unknown.
+    """
+
+    num_micro_batches: int | None = None
+    schedule: str = "1f1b"
+    split_backward: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_micro_batches is not None and self.num_micro_batches < 1:
+            msg = f"`num_micro_batches` must be at least 1, but is {self.num_micro_batches}. 1 leaves batches whole."
+            raise ValueError(msg)
+        names = [schedule.value for schedule in Schedule]
+        if self.schedule not in names:
+            msg = f"`schedule` must be one of {', '.join(names)}, but is {self.schedule!r}. Choose one of them."
+            raise ValueError(msg)
+
+    def refuse_for_blocks(self) -> None:
+        """Raise if something was said that means nothing where blocks learn by themselves.
+
+        Raises:
+            ValueError: An option is not its default.
+        """
+        given = [name for name in ("num_micro_batches", "schedule", "split_backward") if _is_set(self, name)]
+        if given:
+            msg = (
+                f"`{given[0]}` must be left out for a BlockwiseDistillationModule: blocks share no gradient, so no "
+                "batch is cut along time. It is for a TeacherStudentModule."
+            )
+            raise ValueError(msg)
+
+    def micro_batches(self, module: TeacherStudentModule, num_ranks: int) -> int:
+        """Give the number of micro-batches."""
+        if self.num_micro_batches is not None:
+            return self.num_micro_batches
+        return 1 if coupled_blocks(module) else _MICRO_BATCHES_PER_RANK * num_ranks
+
+    def looks_ahead(self, module: TeacherStudentModule) -> bool:
+        """Tell whether the teacher may work on the next batch."""
+        is_known = module.momentum is None or module.teacher_delay == 1
+        return is_known and self.schedule != Schedule.TEACHER_FIRST.value
+
+    def durations(self, module: TeacherStudentModule) -> Durations:
+        """Guess from sizes what blocks take; only the order of the work follows from it."""
+        return Durations(teacher=tuple(_teacher_weights(module)), student=tuple(_student_weights(module)))
+
+    def step(
+        self,
+        module: TeacherStudentModule,
+        num_ranks: int,
+        *,
+        num_rows: int,
+        num_next_rows: int,
+        teaches_own: bool,
+        update: bool,
+    ) -> PipelineStep:
+        """Say what one step has to do."""
+        return PipelineStep(
+            num_rows=num_rows,
+            num_micro_batches=self.micro_batches(module, num_ranks),
+            teaches_own=teaches_own,
+            num_next_rows=num_next_rows,
+            is_full_batch=module.full_batch_loss,
+            # Whether a batch has labels is known where it is loaded; nothing is sent as quickly as labels.
+            has_targets=True,
+            schedule=Schedule(self.schedule),
+            splits_backward=self.split_backward,
+            update=update,
+            has_momentum=module.momentum is not None,
+        )
+
+    def resolve_plan(self, plan: Any, module: TeacherStudentModule, num_ranks: int) -> PipelinePlan:
+        """Make a plan for a module of what the user gave, and check that it fits the module and the ranks.
+
+        Args:
+            plan: A :class:`PipelinePlan`, its text or dictionary, the path of a YAML file with either; ``None`` spreads
+                both models evenly by size.
+            module: Whose blocks are planned.
+            num_ranks: Ranks of the run.
+
+        Raises:
+            PlanError: The plan is none, or is for another number of blocks or ranks.
+        """
+        if plan is None:
+            return even_plan(module, num_ranks)
+        resolved = _read_plan(plan)
+        for side, ranks, number in (
+            ("teacher", resolved.teacher, module.num_teacher_blocks),
+            ("student", resolved.student, module.num_student_blocks),
+        ):
+            if len(ranks) != number:
+                raise PlanError(
+                    f"`plan` must cover the {side}'s {number} blocks, but covers {len(ranks)}. Write the blocks of "
+                    "both models, as in '0-3|4-7 / 0-1|2-3', where they differ."
+                )
+        if resolved.num_ranks != num_ranks:
+            raise PlanError(
+                f"`plan` must be for the {num_ranks} ranks of this run, but is for {resolved.num_ranks}. Set "
+                f"`devices={resolved.num_ranks}` (times `num_nodes`), or give another plan."
+            )
+        return resolved
+
+    def check(self, trainer: Trainer, module: TeacherStudentModule) -> None:
+        """Raise for settings that cannot work.
+
+        Raises:
+            TypeError: The module overrides ``training_step``.
+            ValueError: A setting or callback cannot work; the message says why and what to do instead.
+        """
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        if type(module).training_step is not TeacherStudentModule.training_step:
+            msg = (
+                f"`{type(module).__name__}` must leave `training_step` alone, because its parts run on different "
+                "ranks. Override `loss`, `teacher_inputs` or `unpack_batch`; return more terms from `loss` to log them."
+            )
+            raise TypeError(msg)
+        if not module.automatic_optimization:
+            raise ValueError("`automatic_optimization` must be True: a plan decides what runs when. Leave it on.")
+        if validates_by_time(trainer):
+            msg = "`val_check_interval` must count batches, but is a time: ranks must validate after the same batch."
+            raise ValueError(msg)
+        strategy: Any = trainer.strategy
+        if strategy.layer_sync:
+            msg = (
+                "`sync_batchnorm` must be False: every block is on one rank, so there is nothing to synchronise. Set "
+                "`num_micro_batches=1` to give BatchNorm the whole batch."
+            )
+            raise ValueError(msg)
+        plugin = trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            msg = (
+                "`precision` must not be '16-mixed': the loss is scaled on one rank, and the ranks do not agree yet on "
+                "when to skip a step. Use 'bf16-mixed'."
+            )
+            raise ValueError(msg)
+        check_callbacks(trainer)
+
+    def announce(self, plan: PipelinePlan, module: TeacherStudentModule) -> str:
+        """Explain the plan, and warn if cutting batches changes what the student learns."""
+        number, coupled = self.micro_batches(module, plan.num_ranks), coupled_blocks(module)
+        if pipeline_exactness(number, coupled) is Exactness.STATISTICS:
+            warnings.warn(
+                f"Batches are cut into {number} micro-batches, and student blocks {', '.join(map(str, coupled))} use "
+                "batch statistics or random numbers: they train a little differently than on one process (exactness: "
+                "statistics). Set `num_micro_batches=1`, or use layers that treat rows one by one (GroupNorm).",
+                stacklevel=2,
+            )
+        return explain_pipeline(
+            plan,
+            num_micro_batches=number,
+            schedule=Schedule(self.schedule),
+            looks_ahead=self.looks_ahead(module),
+            coupled_blocks=coupled,
+        )
+
+
+def coupled_blocks(module: TeacherStudentModule) -> list[int]:
+    """List the student blocks whose result depends on how a batch is cut."""
+    blocks = list(enumerate(module.cuts.student.blocks))
+    if module.predictor is not None:
+        blocks.append((module.num_student_blocks - 1, module.predictor))
+    return sorted({block for block, model in blocks if has_batch_statistics(model) or is_stochastic(model)})
+
+
+def even_plan(module: TeacherStudentModule, num_ranks: int) -> PipelinePlan:
+    """Spread the blocks of both models over the ranks by size; a momentum teacher's blocks follow the student's."""
+    teacher, student = _teacher_weights(module), _student_weights(module)
+    if module.momentum is None:
+        return PipelinePlan.balanced(teacher, student, num_ranks)
+    # A student block's forward and backward are three forwards.
+    both = [one + 3 * other for one, other in zip(teacher, student, strict=True)]
+    return PipelinePlan.balanced(both, both, num_ranks)
+
+
+@cache
+def pipeline_edges(plan: PipelinePlan, *, has_momentum: bool) -> tuple[tuple[int, int], ...]:
+    """Give the pairs (sender, receiver) that a plan's programs use for any batch.
+
+    Example:
+        >>> pipeline_edges(PipelinePlan.parse("0|1"), has_momentum=False)
+        ((0, 1), (1, 0))
+    """
+    step = PipelineStep(num_rows=1, num_next_rows=1, has_targets=True, has_momentum=has_momentum)
+    return tuple(
+        sorted(
+            {
+                (program.rank, action.peer)
+                for program in compile_pipeline(plan, step)
+                for action in program.actions
+                if action.kind is PipelineKind.SEND
+            }
+        )
+    )
+
+
+def check_pipeline_optimizers(optimizers: Sequence[torch.optim.Optimizer], module: TeacherStudentModule) -> None:
+    """Raise for optimizers that cannot be divided by blocks, or train the teacher.
+
+    Raises:
+        ValueError: An optimizer couples parameters, or has the teacher's.
+    """
+    models = [module.teacher] if module.average is None else [module.teacher, module.average]
+    teacher = {id(parameter) for model in models for parameter in model.parameters()}
+    for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            msg = (
+                "`configure_optimizers` must not return LBFGS: its step couples all parameters, and each rank steps "
+                "its own. Use an optimizer that treats parameters one by one (SGD, AdamW, ...)."
+            )
+            raise ValueError(msg)
+        if any(id(parameter) in teacher for group in optimizer.param_groups for parameter in group["params"]):
+            msg = (
+                "`configure_optimizers` must leave the teacher's parameters out: they take no gradient. Give it "
+                "`self.trainable_parameters()`."
+            )
+            raise ValueError(msg)
+
+
+def _is_set(options: PipelineOptions, name: str) -> bool:
+    return bool(getattr(options, name) != getattr(PipelineOptions(), name))
+
+
+def _read_plan(plan: Any) -> PipelinePlan:
+    if isinstance(plan, str) and plan.endswith((".yaml", ".yml")):
+        try:
+            plan = yaml.safe_load(Path(plan).read_text(encoding="utf-8"))
+        except (OSError, UnicodeError, yaml.YAMLError) as error:
+            raise PlanError(f"`plan` must name a readable YAML file, but {plan} is not: {error}") from error
+    if isinstance(plan, PipelinePlan):
+        return plan
+    if isinstance(plan, dict):
+        return PipelinePlan.from_dict(plan)
+    if isinstance(plan, str):
+        return PipelinePlan.parse(plan)
+    raise PlanError(
+        f"`plan` of a TeacherStudentModule must be a PipelinePlan, its text or its dictionary, but is a "
+        f"{type(plan).__name__}. Write which rank has which block, as in '0-1|2-3'."
+    )
+
+
+def _teacher_weights(module: TeacherStudentModule) -> list[float]:
+    # No block is free, also one without parameters.
+    return [
+        1.0 + sum(module.teacher.get_parameter(name).numel() for name in names)
+        for names in module.cuts.teacher.parameter_names
+    ]
+
+
+def _student_weights(module: TeacherStudentModule) -> list[float]:
+    return [
+        1.0 + sum(parameter.numel() for parameter in module.student_parameters(block))
+        for block in range(module.num_student_blocks)
+    ]

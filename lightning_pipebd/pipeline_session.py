@@ -1,0 +1,375 @@
+"""One fit of an end-to-end training on one rank: the plan's programs, and everything that runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_pipebd.callbacks import BlockMetrics
+from lightning_pipebd.checkpoint import PrunedOptimizer
+from lightning_pipebd.data_position import DataPosition
+from lightning_pipebd.lightning_internals import (
+    ProcessGroupStrategy,
+    add_callback,
+    remove_callback,
+    seed_workers,
+    set_device,
+)
+from lightning_pipebd.pipeline_data import AheadHeaderLoader, AheadLoader, Announced
+from lightning_pipebd.pipeline_options import PipelineOptions, pipeline_edges
+from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
+from lightning_pipebd.planning.pipeline_plan import PipelinePlan
+from lightning_pipebd.planning.pipeline_program import Stream
+from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.runtime.gradients import clip_norm_over_ranks
+from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
+from lightning_pipebd.runtime.momentum import MomentumTeacher
+from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
+from lightning_pipebd.runtime.progress import Progress
+from lightning_pipebd.runtime.relay import Relay
+from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
+from lightning_pipebd.runtime.transport import Lane, Transport
+from lightning_pipebd.scaling import BlockScalers
+from lightning_pipebd.teacher_student import TeacherStudentModule
+
+__all__ = ["PipelineSession"]
+
+
+class PipelineSession:
+    """What one rank needs to train its part of a plan, from the start of a fit to its end.
+
+    Args:
+        module: Teacher, student and loss.
+        plan: Fits the module and the ranks.
+        options: How batches are cut and ordered.
+        transport: Reaches the other ranks.
+        strategy: Whose precision plugin and device are used.
+        max_in_flight: Steps by which a rank may run ahead.
+    """
+
+    def __init__(
+        self,
+        module: TeacherStudentModule,
+        plan: PipelinePlan,
+        options: PipelineOptions,
+        transport: Transport,
+        strategy: ProcessGroupStrategy,
+        *,
+        max_in_flight: int,
+    ) -> None:
+        self.num_steps = 0
+        self.progress = Progress()
+        self.resumed: DataPosition | None = None
+        self._module = module
+        self._plan = plan
+        self._options = options
+        self._transport = transport
+        self._strategy = strategy
+        self._max_in_flight = max_in_flight
+        self._rank = transport.rank
+        self._durations = options.durations(module)
+        self._staged: tuple[Announced, Any, int] | None = None
+        self._taught: tuple[object, int] | None = None
+        self._pruned: dict[int, PrunedOptimizer] = {}
+        self._train_loader: AheadLoader | AheadHeaderLoader | None = None
+        self._loader_epoch = -1
+        self._is_abandoned = False
+        self._is_open = False
+
+    # Life.
+
+    def begin(
+        self,
+        trainer: Trainer,
+        sharing_logs: Callable[[], AbstractContextManager[None]],
+        assemble_student: Callable[[], None],
+    ) -> None:
+        """Open the connections; every rank of the plan must do so.
+
+        Args:
+            trainer: Gets a callback that logs the loss.
+            sharing_logs: Context in which logged values are exchanged.
+            assemble_student: Gives every rank the present weights of all blocks.
+        """
+        edges = pipeline_edges(self._plan, has_momentum=self._module.momentum is not None)
+        transport = self._transport
+        self._relay = Relay(
+            transport,
+            sources=[sender for sender, receiver in edges if receiver == self._rank],
+            destinations=[receiver for sender, receiver in edges if sender == self._rank],
+            max_in_flight=self._max_in_flight,
+        )
+        first = self._plan.loading_rank
+        others = [rank for rank in range(transport.num_ranks) if rank != first]
+        self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first and others else None
+        self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
+        self._metrics = BlockMetrics(transport, frozenset({self._plan.loss_rank}), sharing_logs, assemble_student)
+        add_callback(trainer, self._metrics)
+        self.scalers = BlockScalers(self._strategy.precision_plugin, {}, self._strategy.root_device, transport)
+        self._jobs = _Jobs(self._module, self._strategy)
+        self._executor = PipelineExecutor(
+            self._jobs,
+            self._relay,
+            num_teacher_blocks=self._module.num_teacher_blocks,
+            num_student_blocks=self._module.num_student_blocks,
+        )
+        self._module.follow_in_plan, self._module.clip_in_plan = self._follow, self._clip
+        self._trainer = trainer
+        self._is_open = True
+
+    def close(self) -> None:
+        """Finish all exchanges; every rank must do so after the same step."""
+        if self._is_open:
+            self._is_open = False
+            self._relay.close()
+            if self._outbox is not None:
+                self._outbox.close()
+            if self._mailbox is not None:
+                self._mailbox.close()
+            self._metrics.close()
+
+    def abandon(self, error: BaseException) -> str:
+        """This rank ends with an error: wait for nobody any more; nothing is known of the others."""
+        self._is_abandoned = True
+        if self._is_open:
+            self._is_open = False
+            self._relay.abandon()
+            self._metrics.abandon()
+            if self._outbox is not None:
+                self._outbox.abandon()
+        return ""
+
+    def end(self) -> None:
+        """Take back what was changed in the trainer and the module."""
+        self._module.follow_in_plan = self._module.clip_in_plan = None
+        if hasattr(self, "_metrics"):
+            remove_callback(self._trainer, self._metrics)
+        if self._is_open and not self._is_abandoned:
+            self.close()
+
+    def is_for(self, module: object) -> bool:
+        """Tell whether this fit is or was the module's."""
+        return module is self._module
+
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
+        self.scalers.save(checkpoint)
+
+    # Blocks on devices.
+
+    def place_blocks(self) -> None:
+        """Have the blocks of this rank on its device, and the others in host memory."""
+        module, device = self._module, self._strategy.root_device
+        set_device(module, device)
+        if device.type != "cpu":
+            self._place(module.student_tensors, self._plan.student)
+            self._place(module.teacher_tensors, self._plan.teacher)
+        self._momentum = module.make_momentum() if module.momentum is not None else None
+
+    def _place(self, tensors_of: Callable[[int], list[Tensor]], ranks: Sequence[int]) -> None:
+        for block, rank in enumerate(ranks):
+            for tensor in tensors_of(block):
+                tensor.data = tensor.data.to(self._strategy.root_device if rank == self._rank else "cpu")
+
+    def gather_on_device(self) -> None:
+        """Have the whole module on this rank's device, for evaluation."""
+        self._module.to(self._strategy.root_device)
+        set_device(self._module, self._strategy.root_device)
+
+    def owned_tensors(self) -> list[tuple[list[Tensor], int]]:
+        """Give every block's tensors with the rank whose values count; what is no block's belongs to the loss."""
+        module, plan = self._module, self._plan
+        owned = [(module.student_tensors(block), rank) for block, rank in enumerate(plan.student)]
+        if module.momentum is not None:
+            owned += [(module.teacher_tensors(block), rank) for block, rank in enumerate(plan.teacher)]
+        known = {id(tensor) for tensors, _ in owned for tensor in tensors}
+        others = [tensor for tensor in [*module.parameters(), *module.buffers()] if id(tensor) not in known]
+        return [(tensors, rank) for tensors, rank in [*owned, (others, plan.loss_rank)] if tensors]
+
+    # Optimizers.
+
+    def prune(self, optimizers: list[Optimizer]) -> None:
+        """Leave this rank's parameters in the optimizers; what belongs to no block stays with the loss."""
+        owners = {
+            id(parameter): rank
+            for block, rank in enumerate(self._plan.student)
+            for parameter in self._module.student_parameters(block)
+        }
+
+        def is_local(parameter: nn.Parameter) -> bool:
+            return owners.get(id(parameter), self._plan.loss_rank) == self._rank
+
+        for optimizer in optimizers:
+            self._pruned[id(optimizer)] = PrunedOptimizer(optimizer, is_local, is_local)
+
+    def pruned_optimizer(self, optimizer: Optimizer) -> PrunedOptimizer:
+        """Give what is known of an optimizer's layout; Lightning may pass its own wrapper of it."""
+        return self._pruned[id(getattr(optimizer, "_optimizer", optimizer))]
+
+    def _clip(self, optimizer: Optimizer, max_norm: float) -> None:
+        """**Collective** over all ranks: clip by the norm of all gradients, wherever they are."""
+        pruned = self.pruned_optimizer(optimizer)
+        parameters = [parameter for group in pruned.optimizer.param_groups for parameter in group["params"]]
+        clip_norm_over_ranks(
+            self._transport,
+            parameters,
+            pruned.local_numbers,
+            pruned.dtypes,
+            max_norm=max_norm,
+            device=self._strategy.root_device,
+        )
+
+    # Data.
+
+    def process_dataloader(self, loader: Any) -> AheadLoader | AheadHeaderLoader:
+        """Make of the user's training loader what this rank iterates over."""
+        epoch = self._trainer.current_epoch
+        if self._train_loader is not None and self._loader_epoch == epoch:
+            msg = (
+                "`train_dataloader` must be one loader, but several were given. Combine them in one dataset "
+                "(torch.utils.data.ConcatDataset or StackDataset)."
+            )
+            raise ValueError(msg)
+        self._loader_epoch = epoch
+        if self._mailbox is not None:
+            self._train_loader = AheadHeaderLoader(loader, self._mailbox)
+            return self._train_loader
+        seed_workers(loader, 0)
+        # The state of a stateful loader would be a batch ahead of the training.
+        is_stateful = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        self._train_loader = AheadLoader(
+            loader,
+            self._outbox,
+            num_batches=lambda: self._trainer.num_training_batches,
+            looks_ahead=self._options.looks_ahead(self._module) and not is_stateful,
+        )
+        return self._train_loader
+
+    # Steps.
+
+    def stage(self, batch: Any, batch_idx: int) -> None:
+        """Put a batch in place for :meth:`run`."""
+        assert self._train_loader is not None
+        self._staged = (self._train_loader.announced.popleft(), batch, batch_idx)
+
+    def run(self, optimizer: Optimizer | None, *, update: bool) -> None:
+        """Run this rank's program for the staged batch, up to the optimizer step.
+
+        Args:
+            optimizer: Handed on to Lightning's backward.
+            update: Whether an optimizer step follows; gradients accumulate otherwise.
+        """
+        assert self._staged is not None
+        announced, batch, batch_idx = self._staged
+        self._staged = None
+        is_taught = self._taught == (announced.epoch, announced.batch_index)
+        if not is_taught:
+            self._executor.forget()
+        self._taught = (announced.epoch, announced.batch_index + 1) if announced.num_next_rows else None
+        step = self._step(announced, is_taught=is_taught, update=update)
+        program = compile_pipeline(self._plan, step, self._durations)[self._rank]
+        self._jobs.optimizer, self._jobs.batch_idx = optimizer, batch_idx
+        self._jobs.momentum = self._momentum
+        self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
+        is_loading = self._rank == self._plan.loading_rank
+        loaded = self._load(batch, announced.num_rows) if is_loading else {}
+        terms = self._executor.run(program, self.num_steps, loaded, self._load_next(announced.following))
+        self.num_steps += 1
+        if not update:
+            self._executor.finish()
+        self._metrics.record({**terms, **self._module.rate()} if terms else {}, announced.num_rows)
+
+    def _step(self, announced: Announced, *, is_taught: bool, update: bool) -> PipelineStep:
+        return self._options.step(
+            self._module,
+            self._plan.num_ranks,
+            num_rows=announced.num_rows,
+            num_next_rows=announced.num_next_rows,
+            teaches_own=not is_taught,
+            update=update,
+        )
+
+    def _follow(self) -> None:
+        """Do what follows an optimizer step: the momentum teacher follows, wherever its blocks are."""
+        if self._module.momentum is not None:
+            self._jobs.rate = self._module.teacher_momentum(self._module.num_teacher_updates)
+        self._executor.finish()
+        if self._rank == self._plan.loss_rank:
+            self._module.on_teacher_update()
+
+    def _load(self, batch: Any, num_rows: int) -> dict[Stream, RowTree]:
+        inputs, targets = self._module.unpack_batch(batch)
+        loaded = {
+            Stream.HIDDEN: _as_rows(inputs, num_rows),
+            Stream.BOUNDARY: _as_rows(self._module.teacher_inputs(inputs), num_rows),
+        }
+        loaded[Stream.TARGETS] = RowTree(Rows(0, num_rows), targets, leading_row_leaves(targets, num_rows))
+        return loaded
+
+    def _load_next(self, following: Any) -> RowTree | None:
+        if following is None:
+            return None
+        inputs, _ = self._module.unpack_batch(self._strategy.batch_to_device(following))
+        return _as_rows(self._module.teacher_inputs(inputs), following.num_rows)
+
+
+def _as_rows(tree: Any, num_rows: int) -> RowTree:
+    if count_rows(tree) != num_rows:
+        msg = (
+            f"`unpack_batch` must give the {num_rows} rows that were loaded, but gives {count_rows(tree)}. Change the "
+            "number of rows in the dataset or the collate function, not in batch transfer hooks."
+        )
+        raise ValueError(msg)
+    return RowTree(Rows(0, num_rows), tree, leading_row_leaves(tree, num_rows))
+
+
+class _Jobs:
+    """The module's blocks under the trainer's precision, as the executor wants them."""
+
+    def __init__(self, module: TeacherStudentModule, strategy: ProcessGroupStrategy) -> None:
+        self._module = module
+        self._plugin = strategy.precision_plugin
+        self.optimizer: Optimizer | None = None
+        self.batch_idx = 0
+        self.num_accumulated = 1
+        self.momentum: MomentumTeacher | None = None
+        self.rate = 1.0
+
+    def teach(self, block: int, boundary: Any) -> Any:
+        with self._plugin.train_step_context():
+            return self._module.teach(block, boundary)
+
+    def forward(self, block: int, boundary: Any, rows: Rows) -> Any:
+        with self._plugin.train_step_context():
+            return self._module.study(block, boundary, batch_idx=self.batch_idx, first_row=rows.start)
+
+    def loss(
+        self, student_output: Any, teacher_output: Any, targets: Any, rows: Rows, num_rows: int
+    ) -> dict[str, Tensor]:
+        with self._plugin.train_step_context():
+            terms = self._module.loss_terms(
+                student_output, teacher_output, targets, batch_idx=self.batch_idx, first_row=rows.start
+            )
+        if rows.num_rows < num_rows:
+            terms = {name: term * (rows.num_rows / num_rows) for name, term in terms.items()}
+        self._plugin.backward(terms["loss"] / self.num_accumulated, self._module, self.optimizer)
+        return {name: term.detach() for name, term in terms.items()}
+
+    def parameters(self, block: int) -> Sequence[nn.Parameter]:
+        return self._module.student_parameters(block)
+
+    def weights(self, block: int) -> Sequence[Tensor]:
+        return self._module.student_tensors(block)
+
+    def promote(self, block: int) -> None:
+        if self.momentum is not None:
+            self.momentum.promote(block)
+
+    def follow(self, block: int) -> None:
+        assert self.momentum is not None
+        self.momentum.follow(block, self.rate)

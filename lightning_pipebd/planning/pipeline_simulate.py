@@ -1,0 +1,190 @@
+"""The simulator of end-to-end training: how long programs take, from the blocks' times, without any device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_pipebd.planning.event_loop import run_timetable
+from lightning_pipebd.planning.operations import Channel, Operation, OperationKind, Timetable
+from lightning_pipebd.planning.pipeline_compiler import PipelineStep, write_programs
+from lightning_pipebd.planning.pipeline_plan import PipelinePlan
+from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
+from lightning_pipebd.planning.pipeline_schedule import Phase, Task
+from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.planning.simulate import steady_step_ms
+
+__all__ = ["PipelineCosts", "PipelineSimulation", "half_batch_programs", "simulate_pipeline"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineCosts:
+    """What the blocks take for a whole batch; a micro-batch takes its part of the rows.
+
+    Args:
+        teach_ms: For every teacher block.
+        forward_ms: For every student block.
+        backward_ms: For every student block; half of it are the gradients of the weights, where they are split off.
+        update_ms: For every student block, the optimizer step.
+        message_ms: What each message takes on its way; the rank's own thread goes on meanwhile.
+    """
+
+    teach_ms: tuple[float, ...]
+    forward_ms: tuple[float, ...]
+    backward_ms: tuple[float, ...]
+    update_ms: tuple[float, ...] = ()
+    message_ms: float = 0.0
+
+    @classmethod
+    def equal(cls, num_blocks: int, teacher_ratio: float) -> PipelineCosts:
+        """Blocks of one length: forward 1 ms, backward 2 ms, and the teacher's forward `teacher_ratio` ms."""
+        ones = (1.0,) * num_blocks
+        return cls(teach_ms=(teacher_ratio,) * num_blocks, forward_ms=ones, backward_ms=(2.0,) * num_blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PipelineSimulation:
+    """What a simulation found.
+
+    Args:
+        step_time_ms: Time of a step in the steady state.
+        busy_ms: For every rank the time per step for which it computes.
+        max_micro_batches: For every rank, how many of its blocks' micro-batches wait for their backward at once.
+    """
+
+    step_time_ms: float
+    busy_ms: tuple[float, ...]
+    max_micro_batches: tuple[int, ...]
+
+    @property
+    def utilisation(self) -> float:
+        """Fraction of all ranks' time for which they compute."""
+        return sum(self.busy_ms) / len(self.busy_ms) / self.step_time_ms
+
+
+def simulate_pipeline(
+    programs: Sequence[PipelineProgram], costs: PipelineCosts, *, num_steps: int = 24
+) -> PipelineSimulation:
+    """Run the same lawful programs step after step on a clock.
+
+    Args:
+        programs: One program per rank, of a step in the steady state.
+        costs: What actions take.
+        num_steps: Steps to simulate, at least 2.
+
+    Example:
+        >>> plan = PipelinePlan.parse("0")
+        >>> step = PipelineStep(num_rows=4, teaches_own=False, num_next_rows=4)
+        >>> from lightning_pipebd.planning.pipeline_compiler import compile_pipeline
+        >>> simulate_pipeline(compile_pipeline(plan, step), PipelineCosts.equal(1, 1.0)).step_time_ms
+        4.0
+    """
+    timetable = _make_timetable(programs, costs)
+    recording = run_timetable(timetable, num_steps, max_in_flight=2)
+    return PipelineSimulation(
+        step_time_ms=steady_step_ms(recording),
+        busy_ms=tuple(timetable.busy_ms(program.rank) for program in programs),
+        max_micro_batches=tuple(map(_max_micro_batches, programs)),
+    )
+
+
+def half_batch_programs(num_ranks: int) -> tuple[PipelineProgram, ...]:
+    """Write the steady-state programs of TSPipe's released code for distillation, to compare with.
+
+    As many micro-batches as ranks less one; forwards go on in whole micro-batches, backwards in halves, last one first;
+    the loss waits for the whole batch. Rank ``d`` teaches ``num_ranks - 1 - 2 * d`` micro-batches of the next batch
+    before it goes backward, the others after.
+
+    Source: Lim et al., "TSPipe: Learn from Teacher Faster with Pipelines" (ICML 2022), and the order that its released
+    code generates: that of two views, from which the tasks of one view are left out.
+    """
+    num_halves = 2 * (num_ranks - 1)
+    plan = PipelinePlan(num_ranks=num_ranks, teacher=tuple(range(num_ranks)), student=tuple(range(num_ranks)))
+    step = PipelineStep(
+        num_rows=num_halves,
+        num_micro_batches=num_halves,
+        teaches_own=False,
+        num_next_rows=num_halves,
+        is_full_batch=True,
+    )
+    orders = []
+    for rank in range(num_ranks):
+        num_before = 2 * max(0, num_ranks - 1 - 2 * rank)
+        teach = [Task(Phase.TEACH, rank, unit, is_next=True) for unit in range(num_halves)]
+        forward = [Task(Phase.FORWARD, rank, unit) for unit in range(num_halves)]
+        backward = [Task(Phase.BACKWARD, rank, unit) for unit in reversed(range(num_halves))]
+        orders.append([*forward, *teach[:num_before], *backward, *teach[num_before:]])
+    programs = write_programs(plan, step, orders)
+    return tuple(program._replace(actions=_in_whole_micro_batches(program.actions)) for program in programs)
+
+
+def _in_whole_micro_batches(actions: Sequence[PipelineAction]) -> tuple[PipelineAction, ...]:
+    """Hold what a half forward would send until the other half is done, and receive both before the first."""
+    ordered = list(actions)
+    for action in actions:
+        is_first_half = action.rows.start % 2 == 0 and action.rows.num_rows == 1
+        if action.kind is PipelineKind.SEND and is_first_half and action.stream is not Stream.GRADIENT:
+            place = _find(ordered, action)
+            ordered.remove(action)
+            ordered.insert(place - 1, action)
+        if action.kind is PipelineKind.RECV and is_first_half and action.stream is not Stream.GRADIENT:
+            second = ordered.pop(_find(ordered, action))
+            ordered.insert(ordered.index(action) + 1, second)
+    return tuple(ordered)
+
+
+def _find(actions: list[PipelineAction], first: PipelineAction) -> int:
+    """Find the same action of the other half."""
+    return actions.index(first._replace(rows=Rows(first.rows.start + 1, first.rows.stop + 1)))
+
+
+def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -> Timetable:
+    messages: dict[tuple[int, PipelineAction], int] = {}
+    channels: dict[tuple[int, int], Channel] = {}
+    channel_of: list[int] = []
+    for program in programs:
+        for action in program.actions:
+            if action.kind is PipelineKind.SEND:
+                number = messages[program.rank, action] = len(messages)
+                ends = (program.rank, action.peer)
+                channels.setdefault(ends, Channel(*ends, [], 0, costs.message_ms)).messages.append(number)
+                channel_of.append(list(channels).index(ends))
+
+    def operation(program: PipelineProgram, action: PipelineAction) -> Operation:
+        if action.kind is PipelineKind.SEND:
+            return Operation(OperationKind.SEND, 0.0, messages[program.rank, action])
+        if action.kind is PipelineKind.RECV:
+            sent = action._replace(kind=PipelineKind.SEND, peer=program.rank)
+            return Operation(OperationKind.RECV, 0.0, messages[action.peer, sent])
+        return Operation(OperationKind.COMPUTE, _compute_ms(program, action, costs))
+
+    operations = tuple(tuple(operation(program, action) for action in program.actions) for program in programs)
+    wire_ms = (0.0,) * len(messages)
+    return Timetable(operations, 0.0, (0.0,) * len(programs), tuple(channels.values()), tuple(channel_of), wire_ms, ())
+
+
+def _compute_ms(program: PipelineProgram, action: PipelineAction, costs: PipelineCosts) -> float:
+    kind = action.kind
+    if kind is PipelineKind.UPDATE:
+        return costs.update_ms[action.index] if costs.update_ms else 0.0
+    share = action.rows.num_rows / (program.num_next_rows if action.is_next else program.num_rows)
+    if kind is PipelineKind.TEACH:
+        return costs.teach_ms[action.index] * share
+    if kind is PipelineKind.FORWARD:
+        return costs.forward_ms[action.index] * share
+    if kind is PipelineKind.BACKWARD:
+        return costs.backward_ms[action.index] * share
+    if kind in (PipelineKind.BACKWARD_INPUT, PipelineKind.BACKWARD_WEIGHT):
+        return costs.backward_ms[action.index] * share / 2
+    return 0.0
+
+
+def _max_micro_batches(program: PipelineProgram) -> int:
+    alive = peak = 0
+    last = {PipelineKind.BACKWARD}
+    if any(action.kind is PipelineKind.BACKWARD_WEIGHT for action in program.actions):
+        last = {PipelineKind.BACKWARD_WEIGHT}
+    for action in program.actions:
+        alive += (action.kind is PipelineKind.FORWARD) - (action.kind in last)
+        peak = max(peak, alive)
+    return peak

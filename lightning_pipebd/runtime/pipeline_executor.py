@@ -1,0 +1,332 @@
+"""The executor of end-to-end training: does what a program says, action by action.
+
+The life of one micro-batch in one stage of the student::
+
+    RECV hidden --> FORWARD --> SEND hidden          a graph per block waits for its gradient
+    RECV gradient --> BACKWARD --> SEND gradient     graphs end; gradients of the weights add up
+
+Blocks are graphs of their own: what enters one is a leaf, whose gradient is what the block before it gets. On the last
+rank LOSS makes the first of these gradients, from the outputs of both models.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
+from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.runtime.relay import Relay, RelayError
+from lightning_pipebd.runtime.row_trees import RowTree, join_rows, leading_row_leaves, take_rows
+from lightning_pipebd.runtime.transport import TransportError
+
+__all__ = ["PipelineExecutor", "PipelineJobs", "PipelineSpan"]
+
+
+class PipelineJobs(Protocol):
+    """What the blocks compute; the executor knows only when."""
+
+    def teach(self, block: int, boundary: Any) -> Any:
+        """Give the teacher's next boundary, without gradient."""
+
+    def forward(self, block: int, boundary: Any, rows: Rows) -> Any:
+        """Give the student's next boundary; the graph begins at the leaves of ``boundary``."""
+
+    def loss(
+        self, student_output: Any, teacher_output: Any, targets: Any, rows: Rows, num_rows: int
+    ) -> dict[str, Tensor]:
+        """Put the gradients of the loss into the leaves of ``student_output``; give its terms' parts, detached."""
+
+    def parameters(self, block: int) -> Sequence[nn.Parameter]:
+        """Give what a student block trains."""
+
+    def weights(self, block: int) -> Sequence[Tensor]:
+        """Give what a momentum teacher wants to know of a student block."""
+
+    def promote(self, block: int) -> None:
+        """Let a delayed momentum teacher's block move on to the next batch."""
+
+    def follow(self, block: int) -> None:
+        """Let a momentum teacher's block follow the student's."""
+
+
+class PipelineSpan(NamedTuple):
+    """When an action ran, in seconds of :func:`time.perf_counter`; that of a RECV is waiting."""
+
+    action: PipelineAction
+    start_s: float
+    stop_s: float
+
+
+class PipelineExecutor:
+    """Run programs on one rank.
+
+    Args:
+        jobs: The blocks of this rank.
+        relay: Brings messages from and to other ranks.
+        num_teacher_blocks: Blocks of the whole teacher.
+        num_student_blocks: Blocks of the whole student.
+        observer: Called with the :class:`PipelineSpan` of every action; ``None`` measures nothing.
+    """
+
+    def __init__(
+        self,
+        jobs: PipelineJobs,
+        relay: Relay,
+        *,
+        num_teacher_blocks: int,
+        num_student_blocks: int,
+        observer: Callable[[PipelineSpan], None] | None = None,
+    ) -> None:
+        self._jobs = jobs
+        self._relay = relay
+        self._outputs = (Stream.BOUNDARY, num_teacher_blocks), (Stream.HIDDEN, num_student_blocks)
+        self._observer = observer
+        self._ahead: list[RowTree] = []
+        self._due: tuple[PipelineProgram, int, _State] | None = None
+
+    def run(
+        self,
+        program: PipelineProgram,
+        step: int,
+        loaded: dict[Stream, RowTree],
+        next_boundary: RowTree | None = None,
+    ) -> dict[str, Tensor]:
+        """Run a program up to its UPDATE; :meth:`finish` runs what follows the optimizer step.
+
+        Args:
+            program: This rank's program for the batch.
+            step: Number of the step; the same on all ranks.
+            loaded: On the rank that loads: both models' inputs, and what the loss needs of the batch.
+            next_boundary: On the rank that loads: the teacher's input of the next batch.
+
+        Returns:
+            The terms of the loss, on the rank that computes it.
+        """
+        self._relay.begin_step(step)
+        state = _State(step, program, loaded, next_boundary)
+        # What the teacher made of this batch a step ahead; of another batch it would have to be forgotten.
+        state.pieces[(*self._outputs[0], False)] = self._ahead
+        self._ahead = []
+        place = 0
+        while place < len(program.actions) and not _follows_update(program.actions[place]):
+            self._act(program, place, state)
+            place += 1
+        self._ahead = state.pieces.pop((*self._outputs[0], True), [])
+        self._due = (program, place, state)
+        assert not state.graphs, "a forward has no backward"
+        return state.terms
+
+    def finish(self) -> None:
+        """Run what follows the optimizer step: the momentum teacher follows."""
+        assert self._due is not None
+        program, place, state = self._due
+        self._due = None
+        for index in range(place, len(program.actions)):
+            self._act(program, index, state)
+
+    def forget(self) -> None:
+        """Forget what the teacher made of a batch that will not come: an epoch has ended early."""
+        self._ahead = []
+
+    def _act(self, program: PipelineProgram, place: int, state: _State) -> None:
+        action = program.actions[place]
+        start = time.perf_counter()
+        try:
+            self._do(action, state)
+        except (RelayError, TransportError) as error:
+            where = f"rank {program.rank}, step {state.step}, action {place + 1} of {len(program.actions)} ({action})"
+            raise RelayError(f"{where}: {error}") from error
+        if self._observer is not None:
+            self._observer(PipelineSpan(action, start, time.perf_counter()))
+
+    def _do(self, action: PipelineAction, state: _State) -> None:
+        kind = action.kind
+        if kind is PipelineKind.RECV:
+            self._recv(action, state)
+        elif kind is PipelineKind.SEND:
+            self._send(action, state)
+        elif kind is PipelineKind.TEACH:
+            self._teach(action, state)
+        elif kind is PipelineKind.FORWARD:
+            self._forward(action, state)
+        elif kind is PipelineKind.LOSS:
+            self._loss(action, state)
+        elif kind is PipelineKind.BACKWARD_WEIGHT:
+            graph = state.graphs.pop((action.index, action.rows))
+            graph.backward_to([p for p in self._jobs.parameters(action.index) if p.requires_grad])
+        elif kind in (PipelineKind.BACKWARD, PipelineKind.BACKWARD_INPUT):
+            self._backward(action, state)
+        elif kind is PipelineKind.EMA:
+            self._jobs.follow(action.index)
+
+    def _send(self, action: PipelineAction, state: _State) -> None:
+        if action.stream is Stream.WEIGHTS:
+            # Copies: the next optimizer step must not change what is still on its way.
+            piece = RowTree(action.rows, [tensor.detach().clone() for tensor in self._jobs.weights(action.index)])
+        elif action.stream is Stream.GRADIENT:
+            piece = RowTree(action.rows, state.gradients.pop((action.index, action.rows)))
+        else:
+            found = state.take(action)
+            leaves = pytree.tree_leaves(found.tree)
+            wants_gradient = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+            piece = RowTree(action.rows, (found.tree, wants_gradient))
+        self._relay.send(state.step, _wire_number(action), piece, action.peer)
+
+    def _recv(self, action: PipelineAction, state: _State) -> None:
+        tree = self._relay.recv(state.step, _wire_number(action), action.rows, action.peer).tree
+        if action.stream is Stream.WEIGHTS:
+            with torch.no_grad():
+                for own, new in zip(self._jobs.weights(action.index), tree, strict=True):
+                    own.copy_(new)
+        elif action.stream is Stream.GRADIENT:
+            state.gradients[action.index, action.rows] = tree
+        else:
+            content, wants_gradient = tree
+            for leaf, wanted in zip(pytree.tree_leaves(content), wants_gradient, strict=True):
+                if wanted:
+                    leaf.requires_grad_()
+            state.put(action.stream, action.index, RowTree(action.rows, content), action.is_next)
+
+    def _teach(self, action: PipelineAction, state: _State) -> None:
+        if action.is_next and state.has_update:
+            self._jobs.promote(action.index)
+        boundary = state.take(action._replace(stream=Stream.BOUNDARY))
+        output = self._jobs.teach(action.index, boundary.tree)
+        state.put(Stream.BOUNDARY, action.index + 1, RowTree(action.rows, output), action.is_next)
+
+    def _forward(self, action: PipelineAction, state: _State) -> None:
+        boundary, leaves = _begin_graph(state.take(action._replace(stream=Stream.HIDDEN)).tree)
+        output = self._jobs.forward(action.index, boundary, action.rows)
+        state.graphs[action.index, action.rows] = _Graph(leaves, pytree.tree_leaves(output))
+        state.put(Stream.HIDDEN, action.index + 1, RowTree(action.rows, output))
+
+    def _loss(self, action: PipelineAction, state: _State) -> None:
+        (_, num_teacher_blocks), (_, num_student_blocks) = self._outputs
+        pieces, beginnings = [], []
+        for piece in state.take_all(Stream.HIDDEN, num_student_blocks, action.rows):
+            tree, leaves = _begin_graph(piece.tree)
+            pieces.append(RowTree(piece.rows, tree))
+            beginnings.append((piece.rows, leaves))
+        student_output = _join(pieces, action.rows)
+        teacher_output = _join(state.take_all(Stream.BOUNDARY, num_teacher_blocks, action.rows), action.rows)
+        targets = state.take_all(Stream.TARGETS, 0, action.rows)
+        labels = _join(targets, action.rows) if targets else None
+        terms = self._jobs.loss(student_output, teacher_output, labels, action.rows, state.num_rows)
+        for name, value in terms.items():
+            state.terms[name] = state.terms[name] + value if name in state.terms else value
+        for rows, leaves in beginnings:
+            state.gradients[num_student_blocks, rows] = [_gradient(leaf) for leaf in leaves]
+
+    def _backward(self, action: PipelineAction, state: _State) -> None:
+        key = (action.index, action.rows)
+        graph = state.graphs[key]
+        graph.take(state.gradients.pop((action.index + 1, action.rows)))
+        if action.kind is PipelineKind.BACKWARD_INPUT:
+            inputs = [leaf for leaf in graph.leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+            graph.backward_to(inputs, keep=True)
+        else:
+            graph.backward()
+            del state.graphs[key]
+        if action.index:
+            state.gradients[key] = [_gradient(leaf) for leaf in graph.leaves]
+
+
+class _Graph:
+    """One block's graph for one micro-batch, from the leaves of its input to those of its output."""
+
+    def __init__(self, leaves: list[Any], outputs: list[Any]) -> None:
+        self.leaves = leaves
+        self.outputs = outputs
+        self.gradients: list[Any] = []
+
+    def take(self, gradients: Sequence[Any]) -> None:
+        """Take the gradients of the outputs; what does not depend on anything trained has none."""
+        pairs = [
+            (output, gradient)
+            for output, gradient in zip(self.outputs, gradients, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        self.outputs, self.gradients = [output for output, _ in pairs], [gradient for _, gradient in pairs]
+
+    def backward(self) -> None:
+        if self.outputs:
+            torch.autograd.backward(self.outputs, self.gradients)
+
+    def backward_to(self, inputs: Sequence[Tensor], *, keep: bool = False) -> None:
+        """Add up the gradients of these tensors only."""
+        if self.outputs and inputs:
+            torch.autograd.backward(self.outputs, self.gradients, inputs=list(inputs), retain_graph=keep)
+
+
+class _State:
+    """What one rank holds of one step."""
+
+    def __init__(
+        self, step: int, program: PipelineProgram, loaded: dict[Stream, RowTree], next_boundary: RowTree | None
+    ) -> None:
+        self.step = step
+        self.num_rows = program.num_rows
+        self.has_update = any(map(_follows_update, program.actions))
+        self.loaded = {(stream, False): piece for stream, piece in loaded.items()}
+        if next_boundary is not None:
+            self.loaded[Stream.BOUNDARY, True] = next_boundary
+        self.pieces: defaultdict[tuple[Stream, int, bool], list[RowTree]] = defaultdict(list)
+        self.graphs: dict[tuple[int, Rows], _Graph] = {}
+        self.gradients: dict[tuple[int, Rows], list[Any]] = {}
+        self.terms: dict[str, Tensor] = {}
+
+    def put(self, stream: Stream, index: int, piece: RowTree, is_next: bool = False) -> None:
+        self.pieces[stream, index, is_next].append(piece)
+
+    def take(self, action: PipelineAction) -> RowTree:
+        """Give the piece that an action uses; what was not loaded here is used once and then gone."""
+        whole = self.loaded.get((action.stream, action.is_next)) if action.index == 0 else None
+        if whole is not None:
+            return take_rows(whole, action.rows)
+        pieces = self.pieces[action.stream, action.index, action.is_next]
+        return pieces.pop(next(place for place, piece in enumerate(pieces) if piece.rows == action.rows))
+
+    def take_all(self, stream: Stream, index: int, rows: Rows) -> list[RowTree]:
+        whole = self.loaded.get((stream, False)) if index == 0 else None
+        if whole is not None:
+            return [take_rows(whole, rows)]
+        pieces = self.pieces[stream, index, False]
+        taken = sorted((piece for piece in pieces if rows.contains(piece.rows)), key=lambda piece: piece.rows)
+        self.pieces[stream, index, False] = [piece for piece in pieces if piece not in taken]
+        return taken
+
+
+def _follows_update(action: PipelineAction) -> bool:
+    return action.kind in (PipelineKind.UPDATE, PipelineKind.EMA) or action.stream is Stream.WEIGHTS
+
+
+def _begin_graph(tree: Any) -> tuple[Any, list[Any]]:
+    """Make leaves of a tree's tensors, which want a gradient where the originals do."""
+    leaves, form = pytree.tree_flatten(tree)
+    leaves = [leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(leaves, form), leaves
+
+
+def _gradient(leaf: Any) -> Tensor | None:
+    return leaf.grad if isinstance(leaf, Tensor) else None
+
+
+def _join(pieces: Sequence[RowTree], rows: Rows) -> Any:
+    """Join micro-batches; tensors whose first dimension is the rows are joined, others are the first one's."""
+    if len(pieces) > 1:
+        pieces = [
+            RowTree(piece.rows, piece.tree, leading_row_leaves(piece.tree, piece.rows.num_rows)) for piece in pieces
+        ]
+    return join_rows(pieces, rows).tree
+
+
+def _wire_number(action: PipelineAction) -> int:
+    """Number what a message is about; the relay knows boundaries by number."""
+    return (action.index * len(Stream) + action.stream) * 2 + action.is_next

@@ -1,0 +1,99 @@
+"""The documentation as pages: each is reachable, and its pictures are drawn from what the package does today."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import lightning_pipebd
+
+DOCS = Path(lightning_pipebd.__file__).parents[1] / "docs"
+PAGES = sorted(path.stem for path in DOCS.glob("*.md"))
+
+_TOCTREE = re.compile(r"^```\{toctree\}\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+_PICTURE = re.compile(r"^```\{picture\} (?P<name>\w+)\n(?P<options>(?::.+\n)*)", re.MULTILINE)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "figures", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def step_times(figure: Any) -> list[float]:
+    """Give the times that the titles of a picture's drawing areas name."""
+    titles = [area.get_title(loc="left") for area in figure.axes]
+    return [float(match[1]) for title in titles if (match := re.search(r"([\d.]+) ms per batch", title))]
+
+
+def test_every_page_is_listed_once_in_the_table_of_contents() -> None:
+    bodies = [match["body"] for match in _TOCTREE.finditer((DOCS / "index.md").read_text(encoding="utf-8"))]
+    listed = [line for body in bodies for line in body.splitlines() if line and not line.startswith(":")]
+    assert sorted([*listed, "index"]) == PAGES
+
+
+@pytest.mark.spawn
+@pytest.mark.slow
+def test_the_tutorial_s_files_pass_the_command_that_it_shows(tmp_path: Path) -> None:
+    text = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    (module,), (configuration,) = (
+        re.findall(rf"^```{kind}\n(.*?)^```$", text, re.M | re.S) for kind in ("python", "yaml")
+    )
+    (tmp_path / "mine.py").write_text(module)
+    (tmp_path / "mine.yaml").write_text(configuration)
+    finished = subprocess.run(
+        [sys.executable, "-m", "lightning_pipebd", "check", "--config", "mine.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(DOCS.parent)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert f"```text\n{finished.stdout}```" in text
+
+
+def test_pages_show_every_picture_and_say_what_is_on_it(figures: ModuleType) -> None:
+    shown = [match for page in PAGES for match in _PICTURE.finditer((DOCS / f"{page}.md").read_text(encoding="utf-8"))]
+    assert {match["name"] for match in shown} == set(figures.PICTURES)
+    assert [match["name"] for match in shown if ":alt: " not in match["options"]] == []
+
+
+def test_pictures_name_the_step_times_that_their_pages_explain(figures: ModuleType) -> None:
+    theme = figures.THEMES["light"]
+    assert step_times(figures.relay(theme)) == [16, 4]
+    assert step_times(figures.decoupling(theme)) == [6, 4]
+    assert step_times(figures.worked(theme)) == [14, 13, 13.5]
+
+
+def test_block_after_block_teaches_ten_blocks_and_once_for_all_teaches_four(figures: ModuleType) -> None:
+    separate, together = figures.redundancy(figures.THEMES["light"]).axes
+    labels = [[text.get_text() for text in area.texts] for area in (separate, together)]
+    assert [sum(label.startswith("T") for label in line) for line in labels] == [10, 4]
+    assert [sum(label.startswith("S") for label in line) for line in labels] == [4, 4]
+
+
+def test_a_picture_is_the_same_file_when_it_is_drawn_again(
+    figures: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "PICTURES", {"redundancy": figures.redundancy})
+    for folder in ("first", "second"):
+        figures.draw_all(tmp_path / folder)
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == [
+        "redundancy_dark.svg",
+        "redundancy_light.svg",
+    ]
+    for name in ("redundancy_dark.svg", "redundancy_light.svg"):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()

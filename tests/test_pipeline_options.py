@@ -1,0 +1,133 @@
+"""What users may say about a whole student under a plan, and what is refused before other processes start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+from lightning_pipebd import PipeBDStrategy, PipelinePlan, Plan, PlanError, Timeline
+from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers
+from tests.helpers.toy import LinearModule, make_loader
+from tests.helpers.whole_students import Byol, Convolutional, Distil
+
+# What Lightning says of every module that is in eval() when training begins; a momentum teacher is, on purpose.
+pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")
+
+PLAN = "0-1|2 / 0-1|2-3"
+
+
+def fit(module: Any, options: dict[str, Any], **trainer: Any) -> None:
+    """Begin a fit on two ranks; the refusal comes before the second process."""
+    strategy = PipeBDStrategy(**options)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    loader = make_loader(LinearModule(), 4, 2)
+    Trainer(accelerator="cpu", devices=2, strategy=strategy, **{**quiet, **trainer}).fit(module, loader)
+
+
+class OwnStep(Distil):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None
+
+
+class Manual(Distil):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "trainer", "message"),
+    [
+        (Distil, {"plan": "0|1"}, {}, "must cover the teacher's 3 blocks, but covers 2"),
+        (Distil, {"plan": "0-1|2 / 0-2"}, {}, "must cover the student's 4 blocks, but covers 3"),
+        (Distil, {"plan": "0|1|2 / 0|1|2-3"}, {}, "must be for the 2 ranks of this run, but is for 3"),
+        (Distil, {"plan": "joint"}, {}, "has the token 'joint'"),
+        (Distil, {"plan": Plan.straight([1, 2])}, {}, "must be a PipelinePlan, its text or its dictionary"),
+        (Distil, {"plan": "none.yaml"}, {}, "must name a readable YAML file"),
+        (Distil, {"plan": PLAN}, {"sync_batchnorm": True}, "`sync_batchnorm` must be False"),
+        (Distil, {"plan": PLAN}, {"callbacks": [StochasticWeightAveraging(0.1)]}, "must see all weights"),
+        (Distil, {"plan": PLAN, "exactness": "bitwise"}, {}, "`exactness` must be left out for a TeacherStudentModule"),
+        (Distil, {"plan": PLAN, "memory_limit": "1GiB"}, {}, "`memory_limit` must be left out"),
+        (OwnStep, {"plan": PLAN}, {}, "must leave `training_step` alone"),
+        (Manual, {"plan": PLAN}, {}, "`automatic_optimization` must be True"),
+        (LinearModule, {"num_micro_batches": 2}, {}, "`num_micro_batches` must be left out"),
+        (LinearModule, {"schedule": "gpipe"}, {}, "`schedule` must be left out"),
+        (LinearModule, {"split_backward": True}, {}, "`split_backward` must be left out"),
+        (LinearModule, {"plan": PipelinePlan.parse("0-1|2-3")}, {}, "is for a TeacherStudentModule"),
+    ],
+)
+def test_what_cannot_work_is_refused(make: Any, options: Any, trainer: Any, message: str) -> None:
+    with pytest.raises((TypeError, ValueError, PlanError), match=message):
+        fit(make(), options, **trainer)
+
+
+def test_numbers_and_names_are_checked_at_once() -> None:
+    with pytest.raises(ValueError, match="`num_micro_batches` must be at least 1, but is 0"):
+        PipeBDStrategy(num_micro_batches=0)
+    with pytest.raises(ValueError, match="`schedule` must be one of 1f1b, gpipe, teacher-first, but is 'zigzag'"):
+        PipeBDStrategy(schedule="zigzag")
+
+
+def test_the_optimizer_leaves_the_teacher_alone() -> None:
+    module = Byol()
+    with pytest.raises(ValueError, match="must leave the teacher's parameters out"):
+        check_pipeline_optimizers([torch.optim.SGD(module.parameters(), lr=1.0)], module)
+    with pytest.raises(ValueError, match="must not return LBFGS"):
+        check_pipeline_optimizers([torch.optim.LBFGS(module.trainable_parameters())], module)
+
+
+def test_a_plan_is_read_from_a_file_a_dictionary_or_an_object(tmp_path: Path) -> None:
+    expected = PipelinePlan.parse(PLAN)
+    path = tmp_path / "plan.yaml"
+    path.write_text(f"'{PLAN}'")
+    for given in (PLAN, expected, expected.to_dict(), str(path)):
+        assert PipelineOptions().resolve_plan(given, Distil(), 2) == expected
+
+
+def test_the_default_plan_uses_every_rank_and_keeps_a_momentum_teacher_at_its_student() -> None:
+    plan = PipelineOptions().resolve_plan(None, Byol(), 3)
+    assert set(plan.student) == {0, 1, 2}
+    assert plan.teacher == plan.student
+    assert set(PipelineOptions().resolve_plan(None, Distil(), 2).teacher) == {0, 1}
+
+
+def test_batches_are_cut_by_default_only_where_that_changes_nothing() -> None:
+    assert PipelineOptions().micro_batches(Distil(), 2) == 8
+    assert PipelineOptions().micro_batches(Convolutional(), 2) == 1
+
+
+def test_cutting_batches_of_batch_norm_warns_and_says_so() -> None:
+    plan = PipelinePlan.parse("0|1-2")
+    with pytest.warns(UserWarning, match=r"student blocks 0, 1 use batch\s+statistics or random numbers"):
+        text = PipelineOptions(num_micro_batches=4).announce(plan, Convolutional())
+    assert "exactness: statistics (student blocks 0, 1 see micro-batches, not batches)" in text
+    assert "exactness: bitwise" in PipelineOptions().announce(plan, Convolutional())
+
+
+def test_a_teacher_works_ahead_only_if_its_weights_are_known() -> None:
+    found = {
+        name: PipelineOptions().looks_ahead(module)
+        for name, module in (("frozen", Distil()), ("delayed", Byol(1)), ("prompt", Byol(0)))
+    }
+    assert found == {"frozen": True, "delayed": True, "prompt": False}
+    assert not PipelineOptions(schedule="teacher-first").looks_ahead(Distil())
+
+
+def test_half_precision_with_a_loss_scale_is_refused() -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    scaled = MixedPrecision("16-mixed", "cpu")
+    with pytest.raises(ValueError, match="`precision` must not be '16-mixed'"):
+        fit(Distil(), {"plan": PLAN}, plugins=[scaled])
+
+
+def test_a_timeline_of_a_whole_student_is_refused() -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", devices=1, strategy=PipeBDStrategy(), **quiet)
+    with pytest.raises(TypeError, match="`Timeline` must watch a BlockwiseDistillationModule"):
+        Timeline().on_train_start(trainer, Distil())
