@@ -175,6 +175,10 @@ class PipelineSession:
         """Tell whether this fit is or was the module's."""
         return module is self._module
 
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
+        self.scalers.save(checkpoint)
+
     # Blocks on devices.
 
     def place_blocks(self) -> None:
@@ -266,10 +270,6 @@ class PipelineSession:
         )
         self._train_loader.observe = self.progress.loading
         return self._train_loader
-
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """Add to a checkpoint what Lightning does not know of."""
-        self.scalers.save(checkpoint)
 
     # Steps.
 
