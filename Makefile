@@ -43,8 +43,9 @@ lint: venv
 check: lint
 	$(BIN)/python -m pytest -m "not spawn and not slow and not gpu"
 
+# Two at a time: much of the suite waits for processes. By files, whose fixtures train references.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 docs: $(INSTALLED_DOCS)
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs docs/_build/html

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -24,6 +25,7 @@ __all__ = ["check_time_limit", "report_failure", "start_limit", "start_watcher",
 
 _PR_SET_PDEATHSIG = 1
 _STATUS = 1
+_EXIT_S = 20
 
 
 def check_time_limit(name: str, value: timedelta | None) -> None:
@@ -155,6 +157,17 @@ def report_failure(error: BaseException, report: str) -> None:
     """Print the report of a failed run above the traceback, with the original traceback where it is this rank's own."""
     if report and not isinstance(error, KeyboardInterrupt):
         _say(report)
+    # Twice is once: a process whose user catches the error may fail again.
+    atexit.unregister(_limit_exit)
+    atexit.register(_limit_exit)
+
+
+def _limit_exit() -> None:
+    # After a failure the libraries' own threads may wait for peers that are gone, when nothing in Python runs any more.
+    # The system's alarm still ends the process.
+    if hasattr(signal, "alarm") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_EXIT_S)
 
 
 def _say(text: str) -> None:
