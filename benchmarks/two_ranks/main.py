@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, format_plan
 
 BATCH_SIZE = 64
 WORKLOADS = {"digits": (1, 16, (32, 64, 96, 96)), "cnn": (3, 32, (32, 64, 128, 128))}
@@ -123,25 +123,29 @@ def train(workload: str, variant: str, num_batches: int, report: str, batch_size
     if trainer.is_global_zero:
         # The first epoch warms up allocators and thread pools.
         step_ms = statistics.median(times.seconds[1:]) / num_batches * 1000
-        Path(report).write_text(json.dumps(step_ms))
+        plan = format_plan(trainer.strategy.plan) if isinstance(trainer.strategy, PipeBDStrategy) else ""
+        Path(report).write_text(json.dumps({"step_ms": step_ms, "plan": plan}))
 
 
 def start(workload: str, variant: str, num_batches: int, report: str, batch_size: int) -> subprocess.Popen[bytes]:
     """Start one run with one thread per process."""
     command = [sys.executable, __file__, "--run", workload, variant, str(num_batches), report, str(batch_size)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    # Costs are measured in this folder's first automatic run, and used by the others.
+    cache = str(Path(report).parent / "costs")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PIPEBD_CACHE": cache}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def measure(workload: str, variant: str, num_batches: int, folder: str) -> float:
-    """Give the time per batch of one run; the ceiling is two runs of half a batch, side by side."""
+def measure(workload: str, variant: str, num_batches: int, folder: str) -> tuple[float, str]:
+    """Give time per batch and plan of one run; the ceiling is two runs of half a batch, side by side."""
     is_ceiling = variant == "ceiling"
     name, rows = ("one process", BATCH_SIZE // 2) if is_ceiling else (variant, BATCH_SIZE)
     reports = [f"{folder}/{index}.json" for index in range(2 if is_ceiling else 1)]
     runs = [start(workload, name, num_batches, report, rows) for report in reports]
     if any(run.wait() for run in runs):
         raise RuntimeError(f"{variant} failed on {workload}")
-    return max(float(json.loads(Path(report).read_text())) for report in reports)
+    found = [json.loads(Path(report).read_text()) for report in reports]
+    return max(float(each["step_ms"]) for each in found), str(found[0]["plan"])
 
 
 def main() -> None:
@@ -160,16 +164,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for workload in arguments.workloads:
             found: dict[str, list[float]] = {name: [] for name in names}
+            plans: dict[str, str] = {}
             for _ in range(arguments.repeats):
                 for name in names:
-                    found[name].append(measure(workload, name, arguments.batches, folder))
+                    step_ms, plans[name] = measure(workload, name, arguments.batches, folder)
+                    found[name].append(step_ms)
             medians = {name: statistics.median(values) for name, values in found.items()}
             sys.stdout.write(f"\n{workload}: ms per batch of {BATCH_SIZE}, median of {arguments.repeats} (min-max)\n")
             for name in names:
                 spread = f"({min(found[name]):.1f}-{max(found[name]):.1f})"
                 to_one, to_ddp = medians["one process"] / medians[name], medians["Lightning DDP"] / medians[name]
                 ratios = f"one process / this {to_one:5.2f}   DDP / this {to_ddp:5.2f}"
-                sys.stdout.write(f"{name:22}{medians[name]:9.1f} {spread:18} {ratios}\n")
+                sys.stdout.write(f"{name:22}{medians[name]:9.1f} {spread:18} {ratios}   {plans[name]}\n")
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def test_the_student_of_a_found_plan_is_that_of_one_process(name: str, fits: dic
     assert {rank for job in plans[0].student for rank, _ in job} == {0, 1}
     assert_same_checkpoint(load(one["path"]), load(ranks[0]["path"]))
     assert sum(rank["num_losses"] for rank in ranks) == one["num_losses"]
-    # Under the strategy a loader's own generator goes on where the checkpoint was written; plain Lightning's starts anew.
+    # Under the strategy a generator goes on where the checkpoint was written; under plain Lightning it starts anew.
     student = ranks[0]["student"] if name == "a generator of the user's" else one["student"]
     for key, value in student.items():
         assert all(torch.equal(value, rank["student"][key]) for rank in ranks)
