@@ -141,7 +141,7 @@ class BlockwiseDistillationModule(DistillationModule):
 
     def block_parameters(self, block: int) -> list[nn.Parameter]:
         """Give the parameters that a block trains: those of its student block, then those of its adapters."""
-        own = list(self.block_pairs.student_parameters[block])
+        own = self.block_pairs.parameters_of(block)
         for side in ("input", "output"):
             if f"{side}_{block}" in self.adapters:
                 own += self.adapters[f"{side}_{block}"].parameters()
@@ -200,7 +200,8 @@ class BlockwiseDistillationModule(DistillationModule):
             batch_idx: Index of the batch in the epoch.
             first_row: Row of the batch at which the boundary starts; every part draws other numbers.
         """
-        self.finite_guard.before_block(block, self.block_buffers(block))
+        if self.finite_guard.keeps_buffers:
+            self.finite_guard.before_block(block, self.block_buffers(block))
         coordinates = (self.trainer.current_epoch, batch_idx, block, first_row)
         with random_stream(stream_key(self.random_seed, *coordinates), self.device):
             loss = self._rate(block, boundary, teacher_output, targets)
@@ -273,8 +274,9 @@ class BlockwiseDistillationModule(DistillationModule):
         Gradients that are not finite are found here, too (``on_nonfinite``).
         """
         # A loss scaler, where plain Lightning has one, looks for itself, and skips the step.
-        if self.finite_guard.has_losses and getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            for block in range(self.num_blocks):
+        noted = self.finite_guard.noted_blocks
+        if noted and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            for block in noted:
                 name, buffers = self.block_pairs.names[block], self.block_buffers(block)
                 self.finite_guard.check(block, name, self.block_parameters(block), buffers, self.trainer.global_step)
         if not gradient_clip_val:

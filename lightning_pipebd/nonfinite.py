@@ -58,13 +58,18 @@ class FiniteGuard:
         self._warned: set[int] = set()
 
     @property
-    def has_losses(self) -> bool:
-        """Whether a block has run since the last look."""
-        return bool(self._finite_losses)
+    def noted_blocks(self) -> list[int]:
+        """Blocks that have run since the last look at them."""
+        return sorted(self._finite_losses)
+
+    @property
+    def keeps_buffers(self) -> bool:
+        """Whether buffers may have to be put back: a step that is skipped leaves no trace in them, either."""
+        return self._policy != "raise"
 
     def before_block(self, block: int, buffers: Sequence[Tensor]) -> None:
-        """Keep the buffers of a block that is about to run: a step that is skipped leaves no trace in them, either."""
-        if self._policy != "raise" and block not in self._buffers:
+        """Keep the buffers of a block that is about to run."""
+        if self.keeps_buffers and block not in self._buffers:
             self._buffers[block] = [buffer.clone() for buffer in buffers]
 
     def note_loss(self, block: int, loss: Tensor) -> None:

@@ -64,7 +64,11 @@ class BlockPairs:
     @property
     def student_parameters(self) -> list[list[nn.Parameter]]:
         """Parameters of each student block, in the student's order."""
-        return [[self.student_model.get_parameter(name) for name in names] for names in self.student.parameter_names]
+        return [self.parameters_of(block) for block in range(len(self.names))]
+
+    def parameters_of(self, block: int) -> list[nn.Parameter]:
+        """Give one student block's parameters, in the student's order."""
+        return [self.student_model.get_parameter(name) for name in self.student.parameter_names[block]]
 
     def resolve_keys(self, values: Mapping[str | int, _Value], subject: str) -> dict[int, _Value]:
         """Replace block names by block indices; the name of a place means all its candidates.
