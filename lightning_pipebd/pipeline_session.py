@@ -11,15 +11,13 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
-from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
-from lightning_pipebd.data_position import DataPosition
+from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import start_watcher
 from lightning_pipebd.lightning_internals import (
     ProcessGroupStrategy,
-    add_callback,
-    remove_callback,
     seed_workers,
     set_device,
 )
@@ -30,21 +28,17 @@ from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import Stream
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.gradients import clip_norm_over_ranks
-from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.momentum import MomentumTeacher
 from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
-from lightning_pipebd.runtime.progress import Progress
-from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
-from lightning_pipebd.runtime.transport import Lane, Transport
-from lightning_pipebd.runtime.watcher import Watcher
+from lightning_pipebd.runtime.transport import Transport
 from lightning_pipebd.scaling import BlockScalers
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["PipelineSession"]
 
 
-class PipelineSession:
+class PipelineSession(FitSession):
     """What one rank needs to train its part of a plan, from the start of a fit to its end.
 
     Args:
@@ -72,26 +66,14 @@ class PipelineSession:
         max_in_flight: int,
         time_limits: tuple[timedelta | None, timedelta],
     ) -> None:
-        self.num_steps = 0
-        self.progress = Progress()
-        self.resumed: DataPosition | None = None
-        self._time_limits = time_limits
-        self._watcher: Watcher | None = None
+        super().__init__(transport, strategy, max_in_flight=max_in_flight, time_limits=time_limits)
         self._module = module
         self._plan = plan
         self._options = options
-        self._transport = transport
-        self._strategy = strategy
-        self._max_in_flight = max_in_flight
-        self._rank = transport.rank
         self._durations = options.durations(module)
         self._staged: tuple[Announced, Any, int] | None = None
         self._taught: tuple[object, int] | None = None
-        self._pruned: dict[int, PrunedOptimizer] = {}
         self._train_loader: AheadLoader | AheadHeaderLoader | None = None
-        self._loader_epoch = -1
-        self._is_abandoned = False
-        self._is_open = False
 
     # Life.
 
@@ -109,20 +91,8 @@ class PipelineSession:
             assemble_student: Gives every rank the present weights of all blocks.
         """
         edges = pipeline_edges(self._plan, has_momentum=self._module.momentum is not None)
-        transport = self._transport
-        self._relay = Relay(
-            transport,
-            sources=[sender for sender, receiver in edges if receiver == self._rank],
-            destinations=[receiver for sender, receiver in edges if sender == self._rank],
-            max_in_flight=self._max_in_flight,
-        )
-        first = self._plan.loading_rank
-        others = [rank for rank in range(transport.num_ranks) if rank != first]
-        self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first and others else None
-        self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
-        self._metrics = BlockMetrics(transport, frozenset({self._plan.loss_rank}), sharing_logs, assemble_student)
-        add_callback(trainer, self._metrics)
-        self.scalers = BlockScalers(self._strategy.precision_plugin, {}, self._strategy.root_device, transport)
+        self._connect(trainer, edges, self._plan.loading_rank, {self._plan.loss_rank}, sharing_logs, assemble_student)
+        self.scalers = BlockScalers(self._strategy.precision_plugin, {}, self._strategy.root_device, self._transport)
         self._jobs = _Jobs(self._module, self._strategy)
         self._executor = PipelineExecutor(
             self._jobs,
@@ -131,45 +101,17 @@ class PipelineSession:
             num_student_blocks=self._module.num_student_blocks,
         )
         self._module.follow_in_plan, self._module.clip_in_plan = self._follow, self._clip
-        self._trainer = trainer
         blocks = [block for block, rank in enumerate(self._plan.student) if rank == self._rank]
         self._watcher = start_watcher(
-            self._strategy, transport, self.progress, self._executor, blocks, lambda *_: (), self._time_limits
+            self._strategy, self._transport, self.progress, self._executor, blocks, lambda *_: (), self._time_limits
         )
         self._is_open = True
 
-    def close(self) -> None:
-        """Finish all exchanges; every rank must do so after the same step."""
-        if self._is_open:
-            self._is_open = False
-            if self._watcher is not None:
-                self._watcher.close()
-            self._relay.close()
-            if self._outbox is not None:
-                self._outbox.close()
-            if self._mailbox is not None:
-                self._mailbox.close()
-            self._metrics.close()
-
-    def abandon(self, error: BaseException) -> str:
-        """This rank ends with an error: wait for nobody any more; gives the report of what is known of the run."""
-        self._is_abandoned = True
-        report = self._watcher.fail(error) if self._watcher is not None else ""
-        if self._is_open:
-            self._is_open = False
-            self._relay.abandon()
-            self._metrics.abandon()
-            if self._outbox is not None:
-                self._outbox.abandon()
-        return report
-
+    @override
     def end(self) -> None:
         """Take back what was changed in the trainer and the module."""
         self._module.follow_in_plan = self._module.clip_in_plan = None
-        if hasattr(self, "_metrics"):
-            remove_callback(self._trainer, self._metrics)
-        if self._is_open and not self._is_abandoned:
-            self.close()
+        super().end()
 
     def is_for(self, module: object) -> bool:
         """Tell whether this fit is or was the module's."""
@@ -226,10 +168,6 @@ class PipelineSession:
         for optimizer in optimizers:
             self._pruned[id(optimizer)] = PrunedOptimizer(optimizer, is_local, is_local)
 
-    def pruned_optimizer(self, optimizer: Optimizer) -> PrunedOptimizer:
-        """Give what is known of an optimizer's layout; Lightning may pass its own wrapper of it."""
-        return self._pruned[id(getattr(optimizer, "_optimizer", optimizer))]
-
     def _clip(self, optimizer: Optimizer, max_norm: float) -> None:
         """**Collective** over all ranks: clip by the norm of all gradients, wherever they are."""
         pruned = self.pruned_optimizer(optimizer)
@@ -247,14 +185,7 @@ class PipelineSession:
 
     def process_dataloader(self, loader: Any) -> AheadLoader | AheadHeaderLoader:
         """Make of the user's training loader what this rank iterates over."""
-        epoch = self._trainer.current_epoch
-        if self._train_loader is not None and self._loader_epoch == epoch:
-            msg = (
-                "`train_dataloader` must be one loader, but several were given. Combine them in one dataset "
-                "(torch.utils.data.ConcatDataset or StackDataset)."
-            )
-            raise ValueError(msg)
-        self._loader_epoch = epoch
+        self._begin_epoch(has_loader=self._train_loader is not None)
         if self._mailbox is not None:
             self._train_loader = AheadHeaderLoader(loader, self._mailbox)
             self._train_loader.observe = partial(self.progress.loading, waits_for=(self._plan.loading_rank,))

@@ -14,12 +14,12 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from lightning_pipebd.block_jobs import BlockJobs
-from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data import HeaderLoader, TrainLoader, header_loader, save_position
-from lightning_pipebd.data_position import DataPosition
+from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import watch_plan
 from lightning_pipebd.lightning_internals import (
     ProcessGroupStrategy,
@@ -38,11 +38,7 @@ from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
 from lightning_pipebd.runtime.executor import Executor, Span
 from lightning_pipebd.runtime.gradients import GradientReducer
-from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
-from lightning_pipebd.runtime.progress import Progress
-from lightning_pipebd.runtime.relay import Relay
-from lightning_pipebd.runtime.transport import Lane, ProcessGroupTransport, Transport
-from lightning_pipebd.runtime.watcher import Watcher
+from lightning_pipebd.runtime.transport import ProcessGroupTransport, Transport
 from lightning_pipebd.scaling import BlockScalers
 from lightning_pipebd.step_report import StepReport
 
@@ -65,7 +61,7 @@ def plan_edges(plan: Plan, target_blocks: frozenset[int] = frozenset()) -> list[
     return sorted(set(sends))
 
 
-class TrainingSession:
+class TrainingSession(FitSession):
     """What one rank needs to train its part of a plan, from the start of a fit to its end.
 
     Args:
@@ -91,28 +87,16 @@ class TrainingSession:
         max_in_flight: int,
         time_limits: tuple[timedelta | None, timedelta],
     ) -> None:
-        self.num_steps = 0
-        self.progress = Progress()
-        self.resumed: DataPosition | None = None
-        self._time_limits = time_limits
-        self._watcher: Watcher | None = None
+        super().__init__(transport, strategy, max_in_flight=max_in_flight, time_limits=time_limits)
         self._module = module
         self._plan = plan
-        self._transport = transport
-        self._strategy = strategy
-        self._max_in_flight = max_in_flight
-        self._rank = transport.rank
         self._learned = [block for block in range(plan.num_blocks) if self._rank in plan.student_ranks(block)]
         self._programs: dict[tuple[int, bool], Program] = {}
         self._staged: tuple[int, Rows, Any, int] | None = None
-        self._pruned: dict[int, PrunedOptimizer] = {}
         self._train_loader: TrainLoader | HeaderLoader | None = None
-        self._loader_epoch = -1
         self._norms: SynchronisedNorms | None = None
         self._step_report: StepReport | None = None
         self._observers: list[Callable[[Span], None]] = []
-        self._is_abandoned = False
-        self._is_open = False
 
     # Life.
 
@@ -130,32 +114,23 @@ class TrainingSession:
             assemble_student: Gives every rank the present weights of all blocks.
         """
         edges = plan_edges(self._plan, self._module.target_blocks)
-        transport, first = self._transport, self._plan.loading_ranks[0]
-        self._relay = Relay(
-            transport,
-            sources=[sender for sender, receiver in edges if receiver == self._rank],
-            destinations=[receiver for sender, receiver in edges if sender == self._rank],
-            max_in_flight=self._max_in_flight,
-        )
-        others = [rank for rank in range(transport.num_ranks) if rank != first]
-        self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first else None
-        self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
         contributors = {rank for block in range(self._plan.num_blocks) for rank in self._plan.student_ranks(block)}
-        self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs, assemble_student)
-        add_callback(trainer, self._metrics)
+        first = self._plan.loading_ranks[0]
+        self._connect(trainer, edges, first, contributors, sharing_logs, assemble_student)
         parameters = {block: self._module.block_parameters(block) for block in self._learned}
-        self.scalers = BlockScalers(self._strategy.precision_plugin, parameters, self._strategy.root_device, transport)
+        self.scalers = BlockScalers(
+            self._strategy.precision_plugin, parameters, self._strategy.root_device, self._transport
+        )
         self._jobs = BlockJobs(self._module, self._strategy.precision_plugin, self.scalers)
         self._executor = Executor(
             self._jobs,
             self._relay,
-            GradientReducer(transport, parameters),
+            GradientReducer(self._transport, parameters),
             cuts_rows=self._plan.has_split_students or self._plan.has_split_teachers,
         )
-        self._trainer = trainer
         self._watcher = watch_plan(
             self._strategy,
-            transport,
+            self._transport,
             self.progress,
             self._executor,
             self._plan,
@@ -196,42 +171,16 @@ class TrainingSession:
         """**Collective** over all ranks: give every rank's value, in rank order."""
         return self._transport.all_gather_object(value)
 
-    def close(self) -> None:
-        """Finish all exchanges; every rank must do so after the same step."""
-        if self._is_open:
-            self._is_open = False
-            if self._watcher is not None:
-                self._watcher.close()
-            self._relay.close()
-            if self._outbox is not None:
-                self._outbox.close()
-            if self._mailbox is not None:
-                self._mailbox.close()
-            self._metrics.close()
-
-    def abandon(self, error: BaseException) -> str:
-        """This rank ends with an error: wait for nobody any more; gives the report of what is known of the run."""
-        self._is_abandoned = True
-        report = self._watcher.fail(error) if self._watcher is not None else ""
-        if self._is_open:
-            self._is_open = False
-            self._relay.abandon()
-            self._metrics.abandon()
-            if self._outbox is not None:
-                self._outbox.abandon()
-        return report
-
+    @override
     def end(self) -> None:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
         if hasattr(self, "_metrics"):
-            remove_callback(self._trainer, self._metrics)
             if self._step_report is not None:
                 remove_callback(self._trainer, self._step_report)
             self.scalers.restore()
         if self._norms is not None:
             self._norms.restore()
-        if self._is_open and not self._is_abandoned:
-            self.close()
+        super().end()
 
     def is_for(self, module: object) -> bool:
         """Tell whether this fit is or was the module's."""
@@ -298,22 +247,11 @@ class TrainingSession:
         for optimizer in optimizers:
             self._pruned[id(optimizer)] = PrunedOptimizer(optimizer, is_local, is_owned)
 
-    def pruned_optimizer(self, optimizer: Optimizer) -> PrunedOptimizer:
-        """Give what is known of an optimizer's layout; Lightning may pass its own wrapper of it."""
-        return self._pruned[id(getattr(optimizer, "_optimizer", optimizer))]
-
     # Data.
 
     def process_dataloader(self, loader: Any) -> TrainLoader | HeaderLoader:
         """Make of the user's training loader what this rank iterates over."""
-        epoch = self._trainer.current_epoch
-        if self._train_loader is not None and self._loader_epoch == epoch:
-            msg = (
-                "`train_dataloader` must be one loader, but several were given. Combine them in one dataset "
-                "(torch.utils.data.ConcatDataset or StackDataset)."
-            )
-            raise ValueError(msg)
-        self._loader_epoch = epoch
+        self._begin_epoch(has_loader=self._train_loader is not None)
         shares = self._plan.teacher[0]
         ranks = self._plan.loading_ranks
         if self._rank not in ranks:

@@ -1,0 +1,132 @@
+"""One fit on one rank, as far as it is alike for blocks that learn by themselves and for a whole student."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+
+from lightning.pytorch import Trainer
+from torch.optim import Optimizer
+
+from lightning_pipebd.callbacks import BlockMetrics
+from lightning_pipebd.checkpoint import PrunedOptimizer
+from lightning_pipebd.data_position import DataPosition
+from lightning_pipebd.lightning_internals import ProcessGroupStrategy, add_callback, remove_callback
+from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
+from lightning_pipebd.runtime.progress import Progress
+from lightning_pipebd.runtime.relay import Relay
+from lightning_pipebd.runtime.transport import Lane, Transport
+from lightning_pipebd.runtime.watcher import Watcher
+
+__all__ = ["FitSession"]
+
+
+class FitSession:
+    """The connections of one rank during a fit, and how they end.
+
+    Args:
+        transport: Reaches the other ranks.
+        strategy: Whose precision plugin and device are used.
+        max_in_flight: Steps by which a rank may run ahead.
+        time_limits: Times without progress after which the run ends: in steps (``None``: any), and elsewhere.
+
+    Attributes:
+        num_steps: Batches that were trained on.
+        progress: Where this rank stands.
+        resumed: Where in the data a resumed run goes on.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        strategy: ProcessGroupStrategy,
+        *,
+        max_in_flight: int,
+        time_limits: tuple[timedelta | None, timedelta],
+    ) -> None:
+        self.num_steps = 0
+        self.progress = Progress()
+        self.resumed: DataPosition | None = None
+        self._time_limits = time_limits
+        self._watcher: Watcher | None = None
+        self._transport = transport
+        self._strategy = strategy
+        self._max_in_flight = max_in_flight
+        self._rank = transport.rank
+        self._pruned: dict[int, PrunedOptimizer] = {}
+        self._loader_epoch = -1
+        self._is_abandoned = False
+        self._is_open = False
+
+    def _connect(
+        self,
+        trainer: Trainer,
+        edges: Iterable[tuple[int, int]],
+        first: int,
+        contributors: Collection[int],
+        sharing_logs: Callable[[], AbstractContextManager[None]],
+        assemble_student: Callable[[], None],
+    ) -> None:
+        """Open relay, headers from the first loading rank, and metrics from their contributors."""
+        transport = self._transport
+        edges = list(edges)
+        self._relay = Relay(
+            transport,
+            sources=[sender for sender, receiver in edges if receiver == self._rank],
+            destinations=[receiver for sender, receiver in edges if sender == self._rank],
+            max_in_flight=self._max_in_flight,
+        )
+        others = [rank for rank in range(transport.num_ranks) if rank != first]
+        self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first else None
+        self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
+        self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs, assemble_student)
+        add_callback(trainer, self._metrics)
+        self._trainer = trainer
+
+    def close(self) -> None:
+        """Finish all exchanges; every rank must do so after the same step."""
+        if self._is_open:
+            self._is_open = False
+            if self._watcher is not None:
+                self._watcher.close()
+            self._relay.close()
+            if self._outbox is not None:
+                self._outbox.close()
+            if self._mailbox is not None:
+                self._mailbox.close()
+            self._metrics.close()
+
+    def abandon(self, error: BaseException) -> str:
+        """This rank ends with an error: wait for nobody any more; gives the report of what is known of the run."""
+        self._is_abandoned = True
+        report = self._watcher.fail(error) if self._watcher is not None else ""
+        if self._is_open:
+            self._is_open = False
+            self._relay.abandon()
+            self._metrics.abandon()
+            if self._outbox is not None:
+                self._outbox.abandon()
+        return report
+
+    def end(self) -> None:
+        """Take back what was changed in the trainer, and close what is still open."""
+        if hasattr(self, "_metrics"):
+            remove_callback(self._trainer, self._metrics)
+        if self._is_open and not self._is_abandoned:
+            self.close()
+
+    def pruned_optimizer(self, optimizer: Optimizer) -> PrunedOptimizer:
+        """Give what is known of an optimizer's layout; Lightning may pass its own wrapper of it."""
+        return self._pruned[id(getattr(optimizer, "_optimizer", optimizer))]
+
+    def _begin_epoch(self, *, has_loader: bool) -> None:
+        """Refuse a second training loader in one epoch."""
+        epoch = self._trainer.current_epoch
+        if has_loader and self._loader_epoch == epoch:
+            msg = (
+                "`train_dataloader` must be one loader, but several were given. Combine them in one dataset "
+                "(torch.utils.data.ConcatDataset or StackDataset)."
+            )
+            raise ValueError(msg)
+        self._loader_epoch = epoch
