@@ -14,6 +14,7 @@ from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.program import TARGETS
 from lightning_pipebd.planning.quantities import format_bytes
 from lightning_pipebd.planning.routing import route
+from lightning_pipebd.planning.table import align_columns
 
 __all__ = ["BlockTraits", "Exactness", "ExactnessReason", "exactness_of", "exactness_reasons", "explain_plan"]
 
@@ -209,8 +210,7 @@ def _job_lines(plan: Plan, traits: Sequence[BlockTraits]) -> list[str]:
         for side, jobs in (("teacher", plan.teacher), ("student", plan.student)):
             shares = {rank: str(share) for rank, share in jobs[block]}
             rows.append([f"{side} {_label(block, trait)}", *(shares.get(rank, "-") for rank in range(plan.num_ranks))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return align_columns(rows)
 
 
 def _section(title: str, lines: Sequence[str]) -> list[str]:

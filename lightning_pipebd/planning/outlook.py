@@ -15,6 +15,7 @@ from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.planner import PlanChoice
 from lightning_pipebd.planning.quantities import format_bytes
+from lightning_pipebd.planning.table import align_columns
 
 __all__ = ["Outlook", "check_exactness"]
 
@@ -141,7 +142,7 @@ class Outlook:
                         format_bytes(block.learn_bytes_per_row * rows),
                     ]
                 )
-            yield from (f"  {line}" for line in _columns(table))
+            yield from (f"  {line}" for line in align_columns(table))
 
     def _prediction_lines(self) -> Iterator[str]:
         mine = self.step_time_ms
@@ -181,8 +182,3 @@ def check_exactness(plan: Plan, traits: Sequence[BlockTraits], level: Exactness)
             f"`plan` must be {level}, because `exactness` says so, but {worst.sentence} "
             "Leave one of both out, or keep that block's rows together."
         )
-
-
-def _columns(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lightning_pipebd.planning.clock import clock_ticks
 from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
 
-__all__ = ["format_table"]
+__all__ = ["align_columns", "format_table"]
 
 _WAITING = "."
 _NEVER = "-"
@@ -53,10 +53,18 @@ def format_table(programs: Sequence[Program], *, marker: tuple[int, int] | None 
     height = max(map(len, columns), default=1)
     steps = ["step", *map(str, range(num_steps)), *[_NEVER] * (height - 1 - num_steps)]
     columns = [steps, *(column + [""] * (height - len(column)) for column in columns)]
-    widths = [max(map(len, column)) for column in columns]
-    rows = zip(*columns, strict=True)
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n".join(align_columns(list(zip(*columns, strict=True))))
+
+
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay out rows in columns as wide as their widest cell.
+
+    Example:
+        >>> align_columns([["job", "rank 0"], ["teacher 0", "all"]])
+        ['job        rank 0', 'teacher 0  all']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _points_at_action(programs: Sequence[Program], marker: tuple[int, int]) -> bool:
