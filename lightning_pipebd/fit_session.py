@@ -83,6 +83,7 @@ class FitSession:
         self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs, assemble_student)
         add_callback(trainer, self._metrics)
         self._trainer = trainer
+        self._begun_with = (trainer, sharing_logs, assemble_student)
 
     def close(self) -> None:
         """Finish all exchanges; every rank must do so after the same step."""

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_pipebd.block_jobs import BlockJobs
+from lightning_pipebd.checkpoint import share_from_zero
 from lightning_pipebd.cost_tables import MeasurementCache
 from lightning_pipebd.first_batch import FirstBatch, only_loader, peek
 from lightning_pipebd.lightning_internals import request_train_loader
@@ -38,7 +39,7 @@ from lightning_pipebd.runtime.partition import has_batch_statistics, is_stochast
 from lightning_pipebd.runtime.profiler import BlockParts, BlockProfile, measured_row_counts, profile_blocks
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
-from lightning_pipebd.runtime.transport import Lane, Message, Transport
+from lightning_pipebd.runtime.transport import Transport
 
 __all__ = ["Bench", "block_traits", "count_batch_rows", "measure_module"]
 
@@ -169,12 +170,7 @@ def _share_batch(bench: Bench) -> FirstBatch:
         return found._replace(batch=None)
 
     found = done_by_rank_zero(transport, look_and_keep)
-    if transport.rank:
-        batches.append(transport.recv(0, Lane.STATE).tree)
-    else:
-        for peer in range(1, transport.num_ranks):
-            transport.send(Message((0, 0, 0, 0), batches[0]), peer, Lane.STATE).wait()
-    return found._replace(batch=batches[0])
+    return found._replace(batch=share_from_zero(transport, batches[0] if batches else None))
 
 
 def _example(bench: Bench) -> FirstBatch:

@@ -35,6 +35,7 @@ PARAMETERS = {
         "*, exactness=None",
         "memory_limit=None",
         "costs=None",
+        "replan=None",
         "max_in_flight=2",
         "num_micro_batches=None",
         "schedule=1f1b",
