@@ -36,6 +36,7 @@ __all__ = [
     "StagedBatchModule",
     "add_callback",
     "before_transfer",
+    "begin_next_epoch",
     "is_logging_step",
     "launched_processes",
     "logging_step",
@@ -253,6 +254,17 @@ def before_transfer(module: LightningModule, batch: Any) -> Any:
 def silence_resume_warning() -> None:
     """Have Lightning not warn of loaders that cannot go on in the middle of an epoch: under the strategy, they can."""
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Have an epoch that follows a resume begin as every other one.
+
+    Lightning (2.5 to 2.6 at least) completes the epoch of a checkpoint that was written after its last batch, and then
+    takes the next one for the rest of it: counts are one short from there on, and a second resume repeats the epoch.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_mid_epoch and loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
+        loop.reset_restart_stage()
 
 
 def seed_workers(loader: object, position: int) -> None:
