@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import socket
 import tempfile
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -23,6 +24,7 @@ T = TypeVar("T")
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _TAIL = 4000
+_PATIENCE_S = 120
 
 
 def run_ranks(function: Callable[..., T], num_ranks: int, *args: Any) -> list[T]:
@@ -59,11 +61,12 @@ def _run(calls: list[tuple[Callable[..., T], tuple[Any, ...], dict[str, str]]]) 
     _CONTEXT.set_forkserver_preload(["lightning_pipebd", "torchvision.models"])
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
+        gate = _CONTEXT.Barrier(len(calls))
         started: list[tuple[BaseProcess, Connection, Path]] = []
         for index, call in enumerate(calls):
             receiver, sender = _CONTEXT.Pipe(duplex=False)
             log = Path(folder, f"{index}.txt")
-            process: BaseProcess = _CONTEXT.Process(target=_call, args=(*call, str(log), sender))
+            process: BaseProcess = _CONTEXT.Process(target=_call, args=(*call, gate, str(log), sender))
             process.start()
             sender.close()
             started.append((process, receiver, log))
@@ -91,7 +94,12 @@ def _collect(started: list[tuple[BaseProcess, Connection, Path]]) -> list[Any]:
 
 
 def _call(
-    function: Callable[..., Any], args: tuple[Any, ...], environment: dict[str, str], log: str, sender: Connection
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    environment: dict[str, str],
+    gate: threading.Barrier,
+    log: str,
+    sender: Connection,
 ) -> None:
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
@@ -100,6 +108,8 @@ def _call(
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     try:
+        # Together, also where nobody knows of the others: they shall share the machine all the time.
+        gate.wait(_PATIENCE_S)
         sender.send(function(*args))
     except BaseException:
         traceback.print_exc()
