@@ -47,7 +47,8 @@ def vgg(make_layers: Callable[[list[tuple[int, int]]], list[nn.Module]], width: 
 def mobilenet(expansion: int) -> nn.Module:
     """Give MobileNetV2 with another factor of expansion."""
     layers = [(1, 16, 1, 1), *((expansion, *rest) for rest in _MOBILENET_STAGES)]
-    return MobileNetV2(inverted_residual_setting=[list(layer) for layer in layers])
+    network: nn.Module = MobileNetV2(inverted_residual_setting=[list(layer) for layer in layers])
+    return network
 
 
 _MOBILENET_STAGES = ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
@@ -206,7 +207,7 @@ class Distil(BlockwiseDistillationModule):
         workload = WORKLOADS[name]
         teacher, student = workload.models()
         paths = dict(zip(workload.paths, workload.paths, strict=True))
-        super().__init__(teacher, student, paths, block_losses=workload.losses)
+        super().__init__(teacher, student, paths, block_losses=dict(workload.losses))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.trainable_parameters(), lr=1e-4)

@@ -119,7 +119,7 @@ class Barrier(Callback):
     """Lets all ranks wait for each other before every update, as a relay does whose updates are not decoupled."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._group = dist.new_group(backend="gloo")
+        self._group: Any = dist.new_group(backend="gloo")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         dist.barrier(self._group)
