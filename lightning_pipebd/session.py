@@ -167,6 +167,11 @@ class TrainingSession(FitSession):
         """Measured time of a step; ``None`` before the end of the first epoch, or if nothing was foreseen."""
         return self._step_report.step_time_ms if self._step_report is not None else None
 
+    @property
+    def losses(self) -> dict[int, Tensor]:
+        """This rank's parts of the block losses of the last step."""
+        return self._metrics.latest
+
     def gather(self, value: Any) -> list[Any]:
         """**Collective** over all ranks: give every rank's value, in rank order."""
         return self._transport.all_gather_object(value)
