@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_pipebd.cost_tables import MeasurementCache, load_measurement
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy, set_device, without_train_loader
-from lightning_pipebd.measuring import Bench, Machine, block_traits, count_batch_rows, find_cluster, measure_module
+from lightning_pipebd.machines import Machine, find_cluster
+from lightning_pipebd.measuring import Bench, block_traits, count_batch_rows, measure_module
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable
