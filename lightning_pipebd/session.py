@@ -40,6 +40,7 @@ from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
 from lightning_pipebd.runtime.executor import Executor, Span
 from lightning_pipebd.runtime.gradients import GradientReducer
+from lightning_pipebd.runtime.step_agreement import END, SAVE
 from lightning_pipebd.runtime.transport import ProcessGroupTransport, Transport
 from lightning_pipebd.scaling import BlockScalers
 from lightning_pipebd.step_report import StepReport
@@ -179,6 +180,10 @@ class TrainingSession(FitSession):
         # The list itself: who ends listening takes himself out of it.
         self._observers = old._observers
         self._executor.observer = self._tell if self._observers else None
+        # A signal that came between two sessions, or that the old one had yet to follow.
+        for kind in (END, SAVE):
+            if old.progress.agreement.is_open(kind):
+                self.progress.agreement.request(kind)
 
     @property
     def step_time_ms(self) -> float | None:
@@ -206,6 +211,11 @@ class TrainingSession(FitSession):
         """Give the optimizers all parameters back."""
         for pruned in self._pruned.values():
             pruned.restore()
+
+    @property
+    def losses(self) -> dict[int, Tensor]:
+        """This rank's parts of the block losses of the last step."""
+        return self._metrics.latest
 
     def gather(self, value: Any) -> list[Any]:
         """**Collective** over all ranks: give every rank's value, in rank order."""

@@ -37,6 +37,7 @@ from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession
 from lightning_pipebd.session_choice import PlanRequest, SessionChoice, check_session_optimizers, require_module
+from lightning_pipebd.signals import give_exit_status, handle_signals_outside_fit
 
 __all__ = ["PipeBDStrategy"]
 
@@ -185,6 +186,7 @@ class PipeBDStrategy(Replanning):
         )
         synchronise_models(self._transport, module)
         if not is_fit:
+            handle_signals_outside_fit(trainer)
             self.model_to_device()
             self.setup_precision_plugin()
             return
@@ -376,6 +378,7 @@ class PipeBDStrategy(Replanning):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        give_exit_status(exception)
         if self._session is not None:
             report_failure(exception, self._session.abandon(exception))
 

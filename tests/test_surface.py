@@ -61,7 +61,7 @@ PARAMETERS = {
         "views=False",
         "full_batch_loss=False",
     ],
-    Timeline: ["path=timeline.json", "*, first_step=8", "num_steps=8", "plot=None"],
+    Timeline: ["path=timeline.json", "*, first_step=8", "num_steps=8", "plot=None", "report=None"],
     BlockwiseDistillationModule: [
         "teacher",
         "student",
