@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,13 @@ class _Passage(NamedTuple):
 
     ms: float
     busy_ms: float
+
+
+class _Reduction(NamedTuple):
+    """Reductions of one group, and the part of their time for which a rank is busy."""
+
+    times: ReduceTimes
+    occupation: float
 
 
 def probe_edges(nodes: Sequence[int]) -> list[tuple[int, int]]:
@@ -72,23 +79,23 @@ def measure_links(
     for sender, receiver in probe_edges(nodes)[::2]:
         link = _measure_pair(transport, (sender, receiver), device, is_crowded=is_crowded)
         links[nodes[sender] == nodes[receiver]] = link
-    reduces: dict[bool, list[ReduceTimes]] = {True: [], False: []}
+    reduces: dict[bool, list[_Reduction]] = {True: [], False: []}
     for group in probe_groups(transport.num_ranks):
         is_near = len({nodes[rank] for rank in group}) == 1
-        reduces[is_near].append(_measure_reduce(transport, group, device))
+        reduces[is_near].append(_measure_reduce(transport, group, device, is_crowded=is_crowded))
     near, far = (_with_reduces(links.get(is_near) or links[not is_near], reduces[is_near]) for is_near in (True, False))
     gathered: list[tuple[LinkCost, LinkCost]] = transport.all_gather_object((near, far))
     return gathered[0]
 
 
-def _with_reduces(link: LinkCost, reduces: Sequence[ReduceTimes]) -> LinkCost:
+def _with_reduces(link: LinkCost, reduces: Sequence[_Reduction]) -> LinkCost:
     return LinkCost(
         latency_ms=link.latency_ms,
         bytes_per_ms=link.bytes_per_ms,
         send_occupation=link.send_occupation,
         receive_occupation=link.receive_occupation,
-        reduce_occupation=link.receive_occupation,
-        reduces=tuple(reduces),
+        reduce_occupation=max((each.occupation for each in reduces), default=link.receive_occupation),
+        reduces=tuple(each.times for each in reduces),
     )
 
 
@@ -110,7 +117,7 @@ def _pass(
 ) -> _Passage:
     payload = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     peer = ranks[1] if transport.rank == ranks[0] else ranks[0]
-    busy_clock = time.process_time if is_crowded else time.thread_time
+    busy_clock = _busy_clock(is_crowded=is_crowded)
     times, busy = [], []
     for _ in range(count + 1):
         start, busy_start = time.perf_counter(), busy_clock()
@@ -127,17 +134,28 @@ def _pass(
     return _Passage(median_ms(times[1:]), median_ms(busy[1:]))
 
 
-def _measure_reduce(transport: Transport, group: tuple[int, ...], device: torch.device) -> ReduceTimes:
-    points = []
+def _measure_reduce(
+    transport: Transport, group: tuple[int, ...], device: torch.device, *, is_crowded: bool
+) -> _Reduction:
+    points, occupation = [], 0.0
     for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
         tensor = torch.zeros(num_bytes // 4, device=device)
         transport.all_gather_object(None)
-        times = []
+        times, busy = [0.0], [0.0]
+        busy_clock = _busy_clock(is_crowded=is_crowded)
         for _ in range(_NUM_REDUCES + 1 if transport.rank in group else 0):
-            start = time.perf_counter()
-            transport.all_reduce(tensor, group).wait()
+            start, busy_start = time.perf_counter(), busy_clock()
+            transport.all_reduce([tensor], group).wait()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append((time.perf_counter() - start) * 1000)
-        points.append((num_bytes, median_ms(times[1:]) if times else 0.0))
-    return ReduceTimes(num_ranks=len(group), ms=Curve(points))
+            busy.append((busy_clock() - busy_start) * 1000)
+        # The first one makes room.
+        ms = median_ms(times[2:] or times)
+        points.append((num_bytes, ms))
+        occupation = min(1.0, median_ms(busy[2:] or busy) / max(ms, 1e-6))
+    return _Reduction(ReduceTimes(num_ranks=len(group), ms=Curve(points)), occupation)
+
+
+def _busy_clock(*, is_crowded: bool) -> Callable[[], float]:
+    return time.process_time if is_crowded else time.thread_time
