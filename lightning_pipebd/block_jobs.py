@@ -49,7 +49,7 @@ class BlockJobs:
             loss = loss * (rows.num_rows / num_rows)
         # A frozen block only tells its loss; the gradients of a stopped one would be thrown away.
         if loss.requires_grad and block not in self._module.finite_guard.stopped:
-            scaled = loss / self.num_accumulated
+            scaled = loss if self.num_accumulated == 1 else loss / self.num_accumulated
             if self._scalers is not None:
                 scaled = self._scalers.scale(block, scaled)
             self._plugin.backward(scaled, self._module, self.optimizer)

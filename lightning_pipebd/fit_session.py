@@ -80,7 +80,7 @@ class FitSession:
             max_in_flight=self._max_in_flight,
         )
         others = [rank for rank in range(transport.num_ranks) if rank != first]
-        self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first else None
+        self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first and others else None
         self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
         self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs, assemble_student)
         add_callback(trainer, self._metrics)

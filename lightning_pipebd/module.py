@@ -308,7 +308,8 @@ class BlockwiseDistillationModule(DistillationModule):
         noted = self.finite_guard.noted_blocks
         if noted and getattr(self.trainer.precision_plugin, "scaler", None) is None:
             for block in noted:
-                name, buffers = self.block_pairs.names[block], self.block_buffers(block)
+                name = self.block_pairs.names[block]
+                buffers = self.block_buffers(block) if self.finite_guard.keeps_buffers else []
                 self.finite_guard.check(block, name, self.block_parameters(block), buffers, self.trainer.global_step)
         if not gradient_clip_val:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -52,7 +53,7 @@ class FiniteGuard:
             raise ValueError(f"`on_nonfinite` must be one of {words}, but is {policy!r}. Choose one of them.")
         self._policy = policy
         self.stopped: dict[int, int] = {}
-        self._finite_losses: dict[int, Tensor] = {}
+        self._losses: dict[int, Tensor] = {}
         self._buffers: dict[int, list[Tensor]] = {}
         self._under_way: list[_Flags] = []
         self._warned: set[int] = set()
@@ -60,7 +61,7 @@ class FiniteGuard:
     @property
     def noted_blocks(self) -> list[int]:
         """Blocks that have run since the last look at them."""
-        return sorted(self._finite_losses)
+        return sorted(self._losses)
 
     @property
     def keeps_buffers(self) -> bool:
@@ -73,10 +74,10 @@ class FiniteGuard:
             self._buffers[block] = [buffer.clone() for buffer in buffers]
 
     def note_loss(self, block: int, loss: Tensor) -> None:
-        """Remember whether a loss is finite, reading nothing from the device."""
-        finite = torch.isfinite(loss.detach()).all()
-        known = self._finite_losses.get(block)
-        self._finite_losses[block] = finite if known is None else known & finite
+        """Remember a loss, reading nothing from the device."""
+        # One that is not finite stays so in a sum.
+        known = self._losses.get(block)
+        self._losses[block] = loss.detach() if known is None else known + loss.detach()
 
     def check(
         self, block: int, name: str, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], step: int
@@ -93,17 +94,18 @@ class FiniteGuard:
         Raises:
             FloatingPointError: The policy is to raise, and a gradient of this step or of an earlier one is not finite.
         """
-        loss_is_finite = self._finite_losses.pop(block, None)
+        loss = self._losses.pop(block, None)
         kept = self._buffers.pop(block, [])
         gradients = [_values(parameter.grad) for parameter in parameters if parameter.grad is not None]
         gradients = [gradient for gradient in gradients if gradient.numel()]
         if block in self.stopped:
             _undo(parameters, buffers, kept)
             return
-        if not gradients:
+        if all(gradient.device.type == "cpu" and math.isfinite(gradient.sum().item()) for gradient in gradients):
             return
+        # What is on a device must not be read now, and a sum may overflow where no element does.
         finite = torch.stack([_is_finite(gradient) for gradient in gradients]).all()
-        loss_flag = torch.ones_like(finite) if loss_is_finite is None else loss_is_finite.to(finite.device)
+        loss_flag = torch.ones_like(finite) if loss is None else torch.isfinite(loss).all().to(finite.device)
         flags = torch.stack([loss_flag, finite])
         if self._policy == "raise":
             self._send(block, name, step, flags)

@@ -148,7 +148,7 @@ class Workload:
     paths: list[str]
     batch_size: int
     example: Callable[[], Tensor]
-    losses: Mapping[str, str]
+    losses: Mapping[str | int, str | Callable[[Any, Any], Tensor]]
 
 
 def _indices(num_blocks: int) -> list[str]:
@@ -207,7 +207,7 @@ class Distil(BlockwiseDistillationModule):
         workload = WORKLOADS[name]
         teacher, student = workload.models()
         paths = dict(zip(workload.paths, workload.paths, strict=True))
-        super().__init__(teacher, student, paths, block_losses=dict(workload.losses))
+        super().__init__(teacher, student, paths, block_losses=workload.losses)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.trainable_parameters(), lr=1e-4)

@@ -9,7 +9,8 @@ that the work of a step, spread evenly over the ranks, takes ``--work-ms``: this
 
 Utilisation is work bound / step time. The work bound takes every job at the best rate that it has at any number of
 rows. Where fewer rows run at a worse rate, no plan may reach it; the column "foreseen" has what the planner says of the
-plan, so that measured / foreseen is the runtime's part of what is missing.
+plan, so that measured / foreseen is the runtime's part of what is missing. Processor time is that of the busiest rank
+in a step, all threads together: no part of the emulated work, it shows what loop, loss, optimizer and relay cost.
 """
 
 from __future__ import annotations
@@ -63,10 +64,12 @@ class Fit(NamedTuple):
 
     Args:
         pace_ms: Time of a step on this rank.
+        processor_ms: Processor time of a step on this rank: sleeping takes none.
         choice: What the planner said, if it was asked.
     """
 
     pace_ms: float
+    processor_ms: float
     choice: PlanChoice | None
 
 
@@ -92,22 +95,23 @@ def fit(table: Table, num_ranks: int, strategy: PipeBDStrategy, num_measured: in
     )
     trainer.fit(module, loader)
     choice = strategy.outlook.choice if strategy.outlook is not None else None
-    return Fit(clock.pace_ms(_NUM_SKIPPED, num_measured), choice)
+    steps = (_NUM_SKIPPED, num_measured)
+    return Fit(clock.pace_ms(*steps), clock.processor_ms(*steps), choice)
 
 
 def run_rank(
     tables: dict[str, Table], num_ranks: int, repeats: int, num_measured: int, measures: bool, folder: str
-) -> dict[str, tuple[PlanChoice, list[tuple[str, float]]]]:
-    """Run all plans of all tables on this rank; give per table the choice, and names and paces in order."""
+) -> dict[str, tuple[PlanChoice, list[tuple[str, Fit]]]]:
+    """Run all plans of all tables on this rank; give per table the choice, and names and fits in order."""
     os.environ["PIPEBD_CACHE"] = ""
     found = {}
     for name, table in tables.items():
-        paces: list[tuple[str, float]] = []
+        fits: list[tuple[str, Fit]] = []
 
         def train(plan_name: str | None, **options: Any) -> Fit:
             result = fit(table, num_ranks, PipeBDStrategy(**options), num_measured, folder)  # noqa: B023
             plan_name = plan_name or str(result.choice.family if result.choice else "")
-            paces.append((plan_name, result.pace_ms))  # noqa: B023
+            fits.append((plan_name, result._replace(choice=None)))  # noqa: B023
             return result
 
         choice = train(None, costs=table.costs).choice
@@ -119,7 +123,7 @@ def run_rank(
                 # One rank has all the work: that takes long and tells nothing. The chosen plan was just run.
                 if candidate.family is not Family.SINGLE and (repeat or candidate.family is not choice.family):
                     train(str(candidate.family), plan=candidate.plan)
-        found[name] = (choice, paces)
+        found[name] = (choice, fits)
     return found
 
 
@@ -132,28 +136,33 @@ def measure(
     rows = []
     for name in tables:
         choice = ranks[0][name][0]
-        times: dict[str, list[float]] = {}
+        steps: dict[str, list[tuple[float, float]]] = {}
         # A rank that is ahead of the slowest one seems faster for a while: the slowest tells everybody's pace.
         for runs in zip(*(found[name][1] for found in ranks), strict=True):
-            times.setdefault(runs[0][0], []).append(max(pace_ms for _, pace_ms in runs))
-        rows += _rows(f"{num_ranks} ranks, {name}", choice, work_bound_ms(tables[name], num_ranks), times)
+            pace_ms = max(fit.pace_ms for _, fit in runs)
+            steps.setdefault(runs[0][0], []).append((pace_ms, max(fit.processor_ms for _, fit in runs)))
+        rows += _rows(f"{num_ranks} ranks, {name}", choice, work_bound_ms(tables[name], num_ranks), steps)
     return rows
 
 
-def _rows(title: str, choice: PlanChoice, work_ms: float, times: dict[str, list[float]]) -> list[dict[str, str]]:
+def _rows(
+    title: str, choice: PlanChoice, work_ms: float, steps: dict[str, list[tuple[float, float]]]
+) -> list[dict[str, str]]:
     foreseen = {str(candidate.family): candidate.step_time_ms for candidate in choice.alternatives}
     foreseen[_MEASURED] = choice.step_time_ms
     rows = []
-    for plan, values in times.items():
+    for plan, values in steps.items():
+        times, processor = zip(*values, strict=True)
         is_chosen = plan == str(choice.family)
         rows.append(
             {
                 "emulated": title,
                 "plan": f"**automatic: {plan}**" if is_chosen else plan,
-                "ms per step": f"{spread(values):.1f}",
-                "utilisation": f"{spread([work_ms / ms for ms in values]):.3f}",
+                "ms per step": f"{spread(times):.1f}",
+                "utilisation": f"{spread([work_ms / ms for ms in times]):.3f}",
                 "foreseen": f"{work_ms / foreseen[plan]:.3f}",
-                "measured / foreseen ms": f"{spread([ms / foreseen[plan] for ms in values]):.3f}",
+                "measured / foreseen ms": f"{spread([ms / foreseen[plan] for ms in times]):.3f}",
+                "processor ms": f"{spread(processor):.1f}",
             }
         )
     return rows

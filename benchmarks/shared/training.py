@@ -17,17 +17,26 @@ class StepClock(Callback):
 
     def __init__(self) -> None:
         self.stamps: list[float] = []
+        self._cpu_stamps: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         self.stamps.append(time.perf_counter())
+        self._cpu_stamps.append(time.process_time())
 
     def pace_ms(self, num_skipped: int, num_measured: int) -> float:
         """Give the mean time of some steps; the first ones warm up allocators and fill the queues.
 
         The slowest rank's pace is everybody's: where ranks run ahead of each other, take the greatest of all.
         """
-        first, last = self.stamps[num_skipped - 1], self.stamps[num_skipped + num_measured - 1]
-        return (last - first) / num_measured * 1000
+        return _mean_ms(self.stamps, num_skipped, num_measured)
+
+    def processor_ms(self, num_skipped: int, num_measured: int) -> float:
+        """Give the mean processor time of these steps, of all threads of this process."""
+        return _mean_ms(self._cpu_stamps, num_skipped, num_measured)
+
+
+def _mean_ms(stamps: Sequence[float], num_skipped: int, num_measured: int) -> float:
+    return (stamps[num_skipped + num_measured - 1] - stamps[num_skipped - 1]) / num_measured * 1000
 
 
 def plain_trainer(strategy: Any, num_ranks: int, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:

@@ -1,10 +1,11 @@
-"""What a boundary costs on its way between two ranks of one host: shared memory against gloo and a plain copy.
+"""What boundaries and sums of gradients cost between two ranks of one host: shared memory against gloo.
 
     python benchmarks/transport/main.py
 
 Two processes, one thread each. *Bandwidth*: messages are sent one after another, two under way as in training; the
 time ends when the last one has arrived. *Latency*: half of a round trip of one message. In both, the receiver reads
-one number of every message; it does not copy them. *Copy*: one process copies a tensor of this size to another.
+one number of every message; it does not copy them. *Copy*: one process copies a tensor of this size to another. *Sum*:
+both ranks add a tensor of this size over both, one sum after another.
 Rounds of all ways are interleaved, and medians are compared.
 """
 
@@ -65,6 +66,16 @@ def bounce(transport: ProcessGroupTransport, tensor: Tensor, num_messages: int) 
     return (time.perf_counter() - start) / num_messages / 2
 
 
+def add(transport: ProcessGroupTransport, tensor: Tensor, num_sums: int) -> float:
+    """Give the seconds of a sum over both ranks."""
+    values = torch.zeros(len(tensor) // 4)
+    transport.all_gather_object(None)
+    start = time.perf_counter()
+    for _ in range(num_sums):
+        transport.all_reduce([values], (0, 1)).wait()
+    return (time.perf_counter() - start) / num_sums
+
+
 def copy(tensor: Tensor, num_messages: int) -> float:
     """Give the seconds of a copy into memory that is there already."""
     target = torch.empty_like(tensor)
@@ -80,20 +91,22 @@ def measure(rank: int, folder: str, repeats: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     device, edges = torch.device("cpu"), [(0, 1), (1, 0)]
     ways = {
-        "shared memory": ProcessGroupTransport(device, edges=edges),
-        "gloo": ProcessGroupTransport(device, edges=edges, shares_memory=False),
+        "shared memory": ProcessGroupTransport(device, edges=edges, groups=[(0, 1)]),
+        "gloo": ProcessGroupTransport(device, edges=edges, groups=[(0, 1)], shares_memory=False),
     }
     figures: dict[str, Figures] = {
         "stream": defaultdict(lambda: defaultdict(list)),
         "bounce": defaultdict(lambda: defaultdict(list)),
+        "sum": defaultdict(lambda: defaultdict(list)),
     }
     for size in SIZES:
         tensor = torch.ones(size, dtype=torch.uint8)
-        num_messages = max(6, min(200, 256 * 1024**2 // size))
+        num_messages = max(6, min(100, 128 * 1024**2 // size))
         for _ in range(repeats + 1):
             for name, transport in ways.items():
                 figures["stream"][name][size].append(stream(transport, tensor, num_messages))
                 figures["bounce"][name][size].append(bounce(transport, tensor, max(6, num_messages // 4)))
+                figures["sum"][name][size].append(add(transport, tensor, max(6, num_messages // 4)))
             if rank == 0:
                 figures["stream"]["copy"][size].append(copy(tensor, num_messages))
     if rank == 0:
@@ -109,16 +122,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(measure, args=(folder, arguments.repeats), nprocs=2)
         figures = json.loads(Path(folder, "figures.json").read_text())
-    sys.stdout.write("size KiB | GB/s: shared  gloo  copy | shared / gloo | us alone: shared  gloo\n")
+    sys.stdout.write(
+        "size KiB | GB/s: shared  gloo  copy | gloo / shared | us alone: shared  gloo | us sum: shared  gloo\n"
+    )
     for size in SIZES:
         # The first round of each size makes slots and connections.
-        seconds = {name: statistics.median(found[str(size)][1:]) for name, found in figures["stream"].items()}
-        alone = {name: statistics.median(found[str(size)][1:]) * 1e6 for name, found in figures["bounce"].items()}
+        seconds, alone, sums = (
+            {name: statistics.median(found[str(size)][1:]) for name, found in figures[kind].items()}
+            for kind in ("stream", "bounce", "sum")
+        )
         speed = {name: size / value / 1e9 for name, value in seconds.items()}
         ratio = seconds["gloo"] / seconds["shared memory"]
         sys.stdout.write(
-            f"{size // 1024:8} | {speed['shared memory']:13.2f} {speed['gloo']:5.2f} {speed['copy']:5.2f} | "
-            f"{ratio:13.2f} | {alone['shared memory']:16.0f} {alone['gloo']:5.0f}\n"
+            f"{size // 1024:8} | {speed['shared memory']:12.2f} {speed['gloo']:5.2f} {speed['copy']:5.2f} | "
+            f"{ratio:13.2f} | {alone['shared memory'] * 1e6:16.0f} {alone['gloo'] * 1e6:5.0f} | "
+            f"{sums['shared memory'] * 1e6:14.0f} {sums['gloo'] * 1e6:5.0f}\n"
         )
 
 

@@ -49,4 +49,6 @@ class BlockCalls:
 
 
 def _versions(tree: Any) -> list[int]:
+    if isinstance(tree, Tensor):
+        return [tree._version]
     return [leaf._version for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

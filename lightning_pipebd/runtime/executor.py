@@ -76,7 +76,7 @@ class Executor:
         self._cuts_rows = cuts_rows
         self.observer = observer
         self._row_leaves: dict[tuple[int, int], tuple[bool, ...]] = {}
-        self._last_uses: dict[Program, dict[int, int]] = {}
+        self._last_uses: dict[Program, dict[int, list[int]]] = {}
         self.current: tuple[Program, int] | None = None  # what a failure report points at
         self.num_done = 0  # what a watcher sees progress by
 
@@ -105,7 +105,7 @@ class Executor:
             self.num_done += 1
             if self.observer is not None:
                 self.observer(Span(action, start, time.perf_counter()))
-            for boundary in [boundary for boundary, last in last_uses.items() if last == index]:
+            for boundary in last_uses.get(index, ()):
                 state.boundaries.pop(boundary, None)
         self._reducer.finish()
         self.current = None
@@ -185,8 +185,8 @@ class _State:
         return join_rows(pieces, rows).tree if holds_rows(pieces, rows) else None
 
 
-def _find_last_uses(program: Program) -> dict[int, int]:
-    """Find the action after which a boundary is not needed any more, so that its memory can go."""
+def _find_last_uses(program: Program) -> dict[int, list[int]]:
+    """Find the boundaries that are not needed any more after an action, so that their memory can go."""
     last: dict[int, int] = {}
     for index, action in enumerate(program.actions):
         if action.kind in (Kind.RECV, Kind.SEND):
@@ -195,4 +195,7 @@ def _find_last_uses(program: Program) -> dict[int, int]:
             last[action.index] = last[action.index + 1] = index
         elif action.kind is Kind.LEARN:
             last[action.index] = last[action.index + 1] = last[TARGETS] = index
-    return last
+    ends: defaultdict[int, list[int]] = defaultdict(list)
+    for boundary, index in last.items():
+        ends[index].append(boundary)
+    return dict(ends)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class GradientReducer:
     def __init__(self, transport: Transport, parameters: Mapping[int, Sequence[nn.Parameter]]) -> None:
         self._transport = transport
         self._parameters = parameters
-        self._under_way: list[tuple[Pending, Tensor, list[nn.Parameter]]] = []
+        self._under_way: list[_Sum] = []
 
     def start(self, block: int, ranks: tuple[int, ...]) -> None:
         """**Collective** over ``ranks``: start to sum the block's gradients; they change in :meth:`finish`."""
@@ -39,35 +40,36 @@ class GradientReducer:
             if parameter.requires_grad:
                 by_dtype.setdefault(parameter.dtype, []).append(parameter)
         for parameters in by_dtype.values():
-            flat = _flatten(parameters)
-            self._under_way.append((self._transport.all_reduce(flat, ranks), flat, parameters))
+            self._under_way.append(self._start_sum(parameters, ranks))
+
+    def _start_sum(self, parameters: list[nn.Parameter], ranks: tuple[int, ...]) -> _Sum:
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        # The presence of each gradient travels behind them: a rank without rows has none, and zeros are not none.
+        presence = gradients[0].new_tensor([each.grad is not None for each in parameters])
+        return _Sum(self._transport.all_reduce([*gradients, presence], ranks), parameters, gradients, presence)
 
     def finish(self) -> None:
-        """Wait for all sums and put them into the gradients.
+        """Wait for all sums; what they say is in the gradients then.
 
         A parameter that no rank had a gradient for keeps none: optimizers skip it, as they do on one process.
         """
-        for pending, flat, parameters in self._under_way:
-            pending.wait()
-            sizes = [*(parameter.numel() for parameter in parameters), len(parameters)]
-            *gradients, presence = torch.split(flat, sizes)
-            for parameter, gradient, ranks_with in zip(parameters, gradients, presence.tolist(), strict=True):
-                if not ranks_with:
-                    continue
-                if parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter)
-                parameter.grad.copy_(gradient.view_as(parameter))
+        for each in self._under_way:
+            each.pending.wait()
+            for parameter, gradient, ranks_with in zip(
+                each.parameters, each.gradients, each.presence.tolist(), strict=True
+            ):
+                if parameter.grad is None and ranks_with:
+                    parameter.grad = gradient
         self._under_way.clear()
 
 
-def _flatten(parameters: Sequence[nn.Parameter]) -> Tensor:
-    # The presence of each gradient travels behind the gradients: a rank without rows has none, and zeros are not none.
-    parts = [
-        torch.zeros_like(parameter).flatten() if parameter.grad is None else parameter.grad.flatten()
-        for parameter in parameters
-    ]
-    presence = parts[0].new_tensor([parameter.grad is not None for parameter in parameters])
-    return torch.cat([*parts, presence])
+class _Sum(NamedTuple):
+    """Gradients of one type of one block that are being summed, with how many ranks had each."""
+
+    pending: Pending
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor]
+    presence: Tensor
 
 
 def clip_norm_over_ranks(
@@ -97,7 +99,7 @@ def clip_norm_over_ranks(
     for (number, _), norm in zip(local, torch._foreach_norm([grad for _, grad in local]) if local else (), strict=True):
         table[0, number], table[1, number] = norm, 1.0
     if transport.num_ranks > 1:
-        transport.all_reduce(table, tuple(range(transport.num_ranks))).wait()
+        transport.all_reduce([table], tuple(range(transport.num_ranks))).wait()
     is_present = table[1] > 0
     present = [dtype for dtype, flag in zip(dtypes, is_present.tolist(), strict=True) if flag]
     if not present:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -40,6 +40,14 @@ class _Passage(NamedTuple):
 
     ms: float
     busy_ms: float
+
+
+class _Reduction(NamedTuple):
+    """Reductions of one group, and what they take of the rank's own time."""
+
+    times: ReduceTimes
+    occupation: float
+    own_ms: float
 
 
 def probe_edges(nodes: Sequence[int]) -> list[tuple[int, int]]:
@@ -98,12 +106,6 @@ def measure_links(transport: Transport, nodes: Sequence[int], device: torch.devi
     return Links(*gathered[0])
 
 
-class _Reduction(NamedTuple):
-    times: ReduceTimes
-    occupation: float
-    own_ms: float
-
-
 def _with_reduces(link: LinkCost, found: Sequence[_Reduction]) -> LinkCost:
     occupation = max((reduction.occupation for reduction in found), default=link.receive_occupation)
     return replace(link, reduce_occupation=occupation, reduces=tuple(reduction.times for reduction in found))
@@ -136,7 +138,7 @@ def _pass(
 ) -> _Passage:
     payload = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     peer = ranks[1] if transport.rank == ranks[0] else ranks[0]
-    busy_clock = time.process_time if is_crowded else time.thread_time
+    busy_clock = _busy_clock(is_crowded=is_crowded)
     times, busy = [], []
     for _ in range(count + 1):
         start, busy_start = time.perf_counter(), busy_clock()
@@ -156,19 +158,24 @@ def _pass(
 def _measure_reduce(
     transport: Transport, group: tuple[int, ...], device: torch.device, *, is_crowded: bool
 ) -> _Reduction:
-    busy_clock = time.process_time if is_crowded else time.thread_time
+    busy_clock = _busy_clock(is_crowded=is_crowded)
     found = []
     for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
         tensor = torch.zeros(num_bytes // 4, device=device)
         transport.all_gather_object(None)
         times, busy = [], []
-        for _ in range(_NUM_REDUCES + 1 if transport.rank in group else 0):
+        for _ in range(_NUM_REDUCES + 2 if transport.rank in group else 0):
             start, busy_start = time.perf_counter(), busy_clock()
-            transport.all_reduce(tensor, group).wait()
+            transport.all_reduce([tensor], group).wait()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append((time.perf_counter() - start) * 1000)
             busy.append((busy_clock() - busy_start) * 1000)
-        found.append(_Passage(median_ms(times[1:]), median_ms(busy[1:])) if times else _Passage(0.0, 0.0))
+        # The first one makes room.
+        found.append(_Passage(median_ms(times[2:]), median_ms(busy[2:])) if times else _Passage(0.0, 0.0))
     curve = Curve(zip((_SMALL_BYTES, _LARGE_BYTES), (passage.ms for passage in found), strict=True))
     return _Reduction(ReduceTimes(num_ranks=len(group), ms=curve), *_share_of(*found))
+
+
+def _busy_clock(*, is_crowded: bool) -> Callable[[], float]:
+    return time.process_time if is_crowded else time.thread_time

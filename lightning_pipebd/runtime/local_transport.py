@@ -112,12 +112,13 @@ class LocalTransport(Transport):
             return message
 
     @override
-    def all_reduce(self, tensor: Tensor, ranks: tuple[int, ...]) -> Pending:
+    def all_reduce(self, tensors: Sequence[Tensor], ranks: tuple[int, ...]) -> Pending:
         key = self._key(("all_reduce", ranks))
-        self._world.contribute(key, ranks, self.rank, tensor.detach().clone())
+        self._world.contribute(key, ranks, self.rank, [tensor.detach().clone() for tensor in tensors])
 
         def finish() -> None:
-            tensor.detach().copy_(torch.stack(self._world.collect(key, self.rank)).sum(0))
+            for tensor, *parts in zip(tensors, *self._world.collect(key, self.rank), strict=True):
+                tensor.detach().copy_(torch.stack(parts).sum(0))
 
         return _Delivery(finish)
 

@@ -48,17 +48,21 @@ def random_stream(key: int, device: torch.device) -> Iterator[None]:
         >>> torch.equal(first, second)
         True
     """
-    python_state = random.getstate()
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(key)
-        if devices:
-            torch.cuda.manual_seed(key)
-        random.seed(key)
-        try:
+    # Not `fork_rng` alone: it costs more than a small block, and every block of every step draws from a stream.
+    generator, python_state = torch.default_generator, random.getstate()
+    state = generator.get_state()
+    generator.manual_seed(key)
+    random.seed(key)
+    try:
+        if device.type != "cuda":
             yield
-        finally:
-            random.setstate(python_state)
+            return
+        with torch.random.fork_rng(devices=[device]):
+            torch.cuda.manual_seed(key)
+            yield
+    finally:
+        random.setstate(python_state)
+        generator.set_state(state)
 
 
 def random_states() -> dict[str, Any]:

@@ -125,6 +125,9 @@ def join_rows(pieces: Sequence[RowTree], rows: Rows) -> RowTree:
     Raises:
         LookupError: A row is in no piece.
     """
+    for piece in pieces:
+        if piece.rows == rows:
+            return piece
     taken: list[RowTree] = []
     position = rows.start
     for piece in sorted(pieces, key=lambda piece: piece.rows):

@@ -1,9 +1,9 @@
-"""Shared memory: how boundaries pass between two ranks of one host, with one copy and no socket.
+"""Shared memory: how tensors pass between ranks of one host, with one copy and no socket.
 
-The sender keeps *slots*, pieces of anonymous memory that the receiver maps as well. It copies a message's tensors into
-a free slot and tells the slot's number; the receiver's tensors lie in the slot itself, and the slot is free again when
+The sender keeps *slots*, pieces of anonymous memory that its readers map as well. It copies a message's tensors into
+a free slot and tells the slot's number; the readers' tensors lie in the slot itself, and the slot is free again when
 the last of them is gone. Nothing is ever to be unlinked: the memory has no name, and the system takes it back when
-both processes have ended, however they end.
+all processes have ended, however they end.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from torch import Tensor
 
 from lightning_pipebd.runtime.layouts import TensorLayout
 
-__all__ = ["Passport", "SlotReader", "SlotWriter", "issue_passport"]
+__all__ = ["MOST_READERS", "Passport", "SlotReader", "SlotWriter", "issue_passport", "open_file"]
 
-# The first byte of a slot tells whether it is in use; tensors start at multiples of a cache line.
+# A slot begins with one byte for each reader, which tells whether that reader still uses it; tensors start at multiples
+# of a cache line.
 _LINE = 64
 _SMALLEST_SLOT = 64 * 1024
+MOST_READERS = _LINE
+"""Readers that a slot has room for."""
 
 
 class Passport(NamedTuple):
@@ -63,32 +66,57 @@ def issue_passport() -> Passport:
     return Passport(_boot(), os.getpid(), file, token)
 
 
-class SlotWriter:
-    """The sender's slots for one receiver.
+def open_file(pid: int, file: int, flags: int) -> int:
+    """Open a file that another process of this host has open; give its number here.
 
-    There are as many as the receiver holds messages at once, which the relay bounds.
+    Raises:
+        OSError: The process has ended, or has closed the file.
+    """
+    return os.open(_path(pid, file), flags | os.O_CLOEXEC)
+
+
+class SlotWriter:
+    """The sender's slots for its readers.
+
+    There are as many as the readers hold messages at once, which the relay bounds.
+
+    Args:
+        num_readers: How many read each message; at most :data:`MOST_READERS`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, num_readers: int = 1) -> None:
         self._slots: dict[int, mmap.mmap] = {}
+        self._nobody, self._everybody = bytes(num_readers), b"\1" * num_readers
 
     def write(self, flats: Sequence[Tensor]) -> tuple[int, int]:
-        """Copy tensors into a free slot; give the slot's file number and size, by which the receiver finds it.
+        """Copy tensors into a free slot; give the slot's file number and size, by which the readers find it.
 
         Args:
             flats: Tensors of one dimension, in host memory or on a device.
         """
         offsets, end = _offsets([flat.numel() * flat.element_size() for flat in flats])
-        number, memory = self._free_slot(end)
-        memory[0] = 1
+        number, memory = self._take_slot(end)
         for flat, offset in zip(flats, offsets, strict=True):
             torch.frombuffer(memory, dtype=flat.dtype, count=flat.numel(), offset=offset).copy_(flat)
         return number, len(memory)
 
+    def write_joined(self, tensors: Sequence[Tensor]) -> tuple[int, int]:
+        """Copy host tensors of one type into a free slot, as one tensor of one dimension; give the slot as `write`."""
+        flats = [tensor.detach().resolve_conj().resolve_neg().reshape(-1) for tensor in tensors]
+        count, dtype = sum(flat.numel() for flat in flats), flats[0].dtype
+        number, memory = self._take_slot(_LINE + count * dtype.itemsize)
+        torch.cat(flats, out=torch.frombuffer(memory, dtype=dtype, count=count, offset=_LINE))
+        return number, len(memory)
+
+    def _take_slot(self, num_bytes: int) -> tuple[int, mmap.mmap]:
+        number, memory = self._free_slot(num_bytes)
+        memory[: len(self._everybody)] = self._everybody
+        return number, memory
+
     def _free_slot(self, num_bytes: int) -> tuple[int, mmap.mmap]:
         fitting = [(len(memory), number) for number, memory in self._slots.items() if len(memory) >= num_bytes]
         for _, number in sorted(fitting):
-            if not self._slots[number][0]:
+            if self._slots[number][: len(self._nobody)] == self._nobody:
                 return number, self._slots[number]
         # Powers of two: batches of changing size share slots. Pages that are never touched take no memory.
         size = max(_SMALLEST_SLOT, 1 << (num_bytes - 1).bit_length())
@@ -100,14 +128,16 @@ class SlotWriter:
 
 
 class SlotReader:
-    """The receiver's view of one sender's slots.
+    """A reader's view of one sender's slots.
 
     Args:
-        pid: Process of the sender.
+        pid: Process of the sender; a sender may read its own slots.
+        place: Which of the sender's readers this is.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, place: int = 0) -> None:
         self._pid = pid
+        self._place = place
         self._slots: dict[int, mmap.mmap] = {}
 
     def read(self, number: int, size: int, layouts: Sequence[TensorLayout]) -> list[Tensor]:
@@ -117,7 +147,7 @@ class SlotReader:
             OSError: The sender has ended.
         """
         if number not in self._slots:
-            file = os.open(_path(self._pid, number), os.O_RDWR)
+            file = open_file(self._pid, number, os.O_RDWR)
             try:
                 self._slots[number] = mmap.mmap(file, size)
             finally:
@@ -125,7 +155,7 @@ class SlotReader:
         memory = self._slots[number]
         # An object of its own for each message: tensors refer to it, so that its end is the end of the last of them.
         lease = (ctypes.c_char * size).from_buffer(memory)
-        weakref.finalize(lease, _release, memory, os.getpid()).atexit = False
+        weakref.finalize(lease, _release, memory, self._place, os.getpid()).atexit = False
         offsets, _ = _offsets([layout.num_elements * layout.dtype.itemsize for layout in layouts])
         return [
             layout.restore(torch.frombuffer(lease, dtype=layout.dtype, count=layout.num_elements, offset=offset))
@@ -133,10 +163,10 @@ class SlotReader:
         ]
 
 
-def _release(memory: mmap.mmap, owner: int) -> None:
+def _release(memory: mmap.mmap, place: int, owner: int) -> None:
     # A forked child (a loader's worker) has copies of the parent's objects; they do not count.
     if os.getpid() == owner:
-        memory[0] = 0
+        memory[place] = 0
 
 
 def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from enum import IntEnum
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_pipebd.runtime.layouts import LayoutBook, TensorLayout, describe, flatten
-from lightning_pipebd.runtime.shared_memory import SlotReader, SlotWriter, issue_passport
+from lightning_pipebd.runtime.neighbours import NUM_HEADER, Neighbours
 
 __all__ = ["Lane", "Message", "Pending", "ProcessGroupTransport", "Transport", "TransportError"]
 
@@ -85,8 +86,8 @@ class Transport(ABC):
         """Wait for the next message of a peer on a lane; one thread at a time per peer and lane."""
 
     @abstractmethod
-    def all_reduce(self, tensor: Tensor, ranks: tuple[int, ...]) -> Pending:
-        """**Collective** over ``ranks``: start to sum a tensor in place."""
+    def all_reduce(self, tensors: Sequence[Tensor], ranks: tuple[int, ...]) -> Pending:
+        """**Collective** over ``ranks``: start to sum tensors of one type, in place when ``wait`` returns."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor, source: int) -> None:
@@ -114,6 +115,20 @@ class _Works:
             self._works, self._tensors = [], []
 
 
+class _Later:
+    """Something whose second half is done by whoever waits for it."""
+
+    def __init__(self, finish: Callable[[], None], subject: str) -> None:
+        self._finish: Callable[[], None] | None = finish
+        self._subject = subject
+
+    def wait(self) -> None:
+        finish, self._finish = self._finish, None
+        if finish is not None:
+            with _reported(self._subject):
+                finish()
+
+
 @contextmanager
 def _reported(subject: str) -> Iterator[None]:
     # torch raises plain errors, when an operation begins as well as while it is waited for.
@@ -124,7 +139,7 @@ def _reported(subject: str) -> Iterator[None]:
 
 
 class ProcessGroupTransport(Transport):
-    """Messages over gloo; boundaries by shared memory between ranks of one host, by NCCL between GPUs.
+    """Messages over gloo; boundaries and sums by shared memory between ranks of one host, by NCCL between GPUs.
 
     **Collective** over all ranks: the constructor creates process groups, and every rank must name the same ones. More
     can be added with :meth:`connect`.
@@ -136,8 +151,8 @@ class ProcessGroupTransport(Transport):
         groups: Sets of ranks that will reduce together.
         timeout: Time after which a collective fails. A message may be waited for as long as its sender lives.
         share_device: Whether some ranks compute on one GPU; NCCL refuses that, and messages go through host memory.
-        shares_memory: Whether boundaries pass through memory that two ranks of one host share, where that can be; by
-            gloo otherwise.
+        shares_memory: Whether boundaries, and sums of host memory, pass through memory that ranks of one host share,
+            where that can be; by gloo otherwise.
     """
 
     def __init__(
@@ -162,21 +177,10 @@ class ProcessGroupTransport(Transport):
         self._sent: dict[tuple[int, Lane], LayoutBook] = {}
         self._received: dict[tuple[int, Lane], LayoutBook] = {}
         self._streams: dict[int, torch.cuda.Stream] = {}
-        self._writers: dict[int, SlotWriter] = {}
-        self._readers: dict[int, SlotReader] = {}
+        self._neighbours = Neighbours(self.rank, self.all_gather_object, timeout)
         self._shares_memory = shares_memory and not self._use_nccl
         self._connected: set[tuple[int, int]] = set()
         self.connect(edges, groups)
-
-    def _share_memory(self, edges: Iterable[tuple[int, int]]) -> None:
-        passport = issue_passport()
-        passports = self.all_gather_object(passport)
-        sources = {sender for sender, receiver in edges if receiver == self.rank}
-        readable = {sender for sender in sources if passports[sender].is_readable()}
-        self._readers |= {sender: SlotReader(passports[sender].pid) for sender in readable}
-        readers = self.all_gather_object(readable)
-        self._writers |= {peer: SlotWriter() for peer, its in enumerate(readers) if self.rank in its}
-        passport.destroy()
 
     @override
     def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
@@ -184,11 +188,12 @@ class ProcessGroupTransport(Transport):
         self._connected.update(new)
         if self._use_nccl:
             self._edges |= {edge: dist.new_group(sorted(edge), backend="nccl") for edge in new}
-        if self._shares_memory and new:
-            self._share_memory(new)
-        backend = "nccl" if self._use_nccl else "gloo"
         unique = {tuple(sorted(group)) for group in groups if len(group) > 1}
-        for group in sorted(unique - self._groups.keys()):
+        new_groups = sorted(unique - self._groups.keys())
+        if self._shares_memory and (new or new_groups):
+            self._neighbours.connect(new, new_groups if self._device.type == "cpu" else [])
+        backend = "nccl" if self._use_nccl else "gloo"
+        for group in new_groups:
             self._groups[group] = dist.new_group(list(group), timeout=self._timeout, backend=backend)
 
     @override
@@ -199,12 +204,16 @@ class ProcessGroupTransport(Transport):
         layout = pickle.dumps((spec, [layout for _, layout in described]))
         number, is_new = self._sent.setdefault((peer, lane), LayoutBook()).number(layout)
         slot, slot_bytes = _NO_SLOT, 0
-        if lane is Lane.RELAY and flats and peer in self._writers:
-            slot, slot_bytes = self._writers[peer].write(flats)
-            flats = []
-        fields = [*message.fields, number, len(layout) if is_new else 0, slot, slot_bytes]
+        link = self._neighbours.senders.get(peer) if lane is Lane.RELAY else None
+        if link is not None and flats:
+            slot, slot_bytes = link.place(flats)
+        header = [*message.fields, number, len(layout) if is_new else 0, slot, slot_bytes]
+        if link is not None:
+            subject = f"sending from rank {self.rank} to rank {peer}"
+            with _reported(subject):
+                return _Later(partial(link.wait, link.send(header, layout if is_new else b"")), subject)
         blob = [torch.frombuffer(bytearray(layout), dtype=torch.uint8)] if is_new else []
-        return self._send_tensors([torch.tensor(fields, dtype=torch.int64), *blob, *flats], peer, lane)
+        return self._send_tensors([torch.tensor(header, dtype=torch.int64), *blob, *flats], peer, lane)
 
     def _send_tensors(self, tensors: list[Tensor], peer: int, lane: Lane) -> Pending:
         subject = f"sending from rank {self.rank} to rank {peer}"
@@ -225,26 +234,33 @@ class ProcessGroupTransport(Transport):
             return self._recv(peer, lane)
 
     def _recv(self, peer: int, lane: Lane) -> Message:
-        header = self._recv_host(torch.empty(_NUM_FIELDS + 4, dtype=torch.int64), peer, lane).tolist()
-        fields, (number, blob_bytes, slot, slot_bytes) = header[:_NUM_FIELDS], header[_NUM_FIELDS:]
+        link = self._neighbours.receivers.get(peer) if lane is Lane.RELAY else None
+        if link is not None:
+            header, blob = link.receive(_blob_bytes)
+        else:
+            header = self._recv_host(torch.empty(NUM_HEADER, dtype=torch.int64), peer, lane).tolist()
+            room = torch.empty(_blob_bytes(header), dtype=torch.uint8)
+            blob = self._recv_host(room, peer, lane).numpy().tobytes() if len(room) else b""
+        step, index, start, stop, number, _, slot, slot_bytes = header
         book = self._received.setdefault((peer, lane), LayoutBook())
-        if blob_bytes:
-            blob = self._recv_host(torch.empty(blob_bytes, dtype=torch.uint8), peer, lane)
-            book.add(number, pickle.loads(blob.numpy().tobytes()))
+        if blob:
+            book.add(number, pickle.loads(blob))
         spec, leaves = book.layout(number)
-        if slot == _NO_SLOT:
+        if link is None or slot == _NO_SLOT:
             received = [self._recv_leaf(leaf, peer, lane) for leaf in leaves]
         else:
-            received = self._read_slot(leaves, peer, slot, slot_bytes)
-        return Message(tuple(fields), pytree.tree_unflatten(received, spec))
+            received = self._read_slot(leaves, partial(link.tensors, slot, slot_bytes))
+        if link is not None:
+            link.acknowledge()
+        return Message((step, index, start, stop), pytree.tree_unflatten(received, spec))
 
-    def _read_slot(self, leaves: list[Any], peer: int, slot: int, slot_bytes: int) -> list[Any]:
+    def _read_slot(self, leaves: list[Any], read: Callable[[list[TensorLayout]], list[Tensor]]) -> list[Any]:
         def has_values(leaf: Any) -> bool:
             return isinstance(leaf, TensorLayout) and leaf.num_elements > 0
 
-        tensors = iter(self._readers[peer].read(slot, slot_bytes, [leaf for leaf in leaves if has_values(leaf)]))
+        tensors = iter(read([leaf for leaf in leaves if has_values(leaf)]))
         return [
-            self._place(next(tensors), leaf) if has_values(leaf) else self._recv_leaf(leaf, peer, Lane.RELAY)
+            self._place(next(tensors), leaf) if has_values(leaf) else self._recv_leaf(leaf, -1, Lane.RELAY)
             for leaf in leaves
         ]
 
@@ -282,11 +298,18 @@ class ProcessGroupTransport(Transport):
         return tensor
 
     @override
-    def all_reduce(self, tensor: Tensor, ranks: tuple[int, ...]) -> Pending:
+    def all_reduce(self, tensors: Sequence[Tensor], ranks: tuple[int, ...]) -> Pending:
         subject = f"reducing over ranks {ranks}"
+        tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
+        summation = self._neighbours.summations.get(ranks)
         with _reported(subject):
-            work = dist.all_reduce(tensor, group=self._groups[ranks], async_op=True)
-        return _Works([work], [tensor], subject)
+            if not tensors:
+                return _Later(_done, subject)
+            if summation is not None:
+                return _Later(partial(summation.finish, summation.begin(tensors), tensors), subject)
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0]
+            work = dist.all_reduce(flat, group=self._groups[ranks], async_op=True)
+        return _Later(partial(_finish_sum, work, flat, tensors), subject)
 
     def process_group(self, ranks: tuple[int, ...]) -> Any:
         """Give torch's group of some ranks that reduce together, for layers that exchange statistics by themselves."""
@@ -307,3 +330,18 @@ class ProcessGroupTransport(Transport):
         with _reported(f"gathering on rank {self.rank}"):
             dist.all_gather_object(values, value, group=self._control)
         return values
+
+
+def _blob_bytes(header: Sequence[int]) -> int:
+    return header[_NUM_FIELDS + 1]
+
+
+def _finish_sum(work: Any, flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    work.wait()
+    if len(tensors) > 1:
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def _done() -> None:
+    pass

@@ -148,9 +148,9 @@ def reduce_in_groups(transport: Transport) -> list[Any]:
     """Two reductions of one group and one of all are under way at once, and waited for last to first."""
     tensors = [torch.full((2,), transport.rank + 1.0, dtype=dtype) for dtype in (torch.float64, torch.complex64)]
     tensors.append(torch.full((3,), transport.rank + 1.0, dtype=torch.bfloat16))
-    pending = [transport.all_reduce(tensors[2], (0, 1, 2))]
+    pending = [transport.all_reduce(tensors[2:], (0, 1, 2))]
     if transport.rank != 1:
-        pending += [transport.all_reduce(tensor, (0, 2)) for tensor in tensors[:2]]
+        pending += [transport.all_reduce([tensor], (0, 2)) for tensor in tensors[:2]]
     wait_all(reversed(pending))
     return [values_of(tensor) for tensor in tensors]
 
@@ -323,7 +323,7 @@ def outlive_rank_1(transport: Transport, die: Callable[[], object]) -> dict[str,
             "send under way": error_of(sending.wait),
             "send": error_of(lambda: transport.send(message, 1, Lane.RELAY).wait()),
             "receive": error_of(lambda: transport.recv(1, Lane.HEADERS)),
-            "reduction": error_of(lambda: transport.all_reduce(torch.ones(1), (0, 1)).wait()),
+            "reduction": error_of(lambda: transport.all_reduce([torch.ones(1)], (0, 1)).wait()),
             "broadcast": error_of(lambda: transport.broadcast(torch.ones(1), 1)),
             "gather": error_of(lambda: transport.all_gather_object(1)),
         }

@@ -1,0 +1,213 @@
+"""What the module and the strategy cost beside the computation, against a loop written by hand.
+
+    python benchmarks/overhead/main.py
+
+One process, one thread, the same blocks, data, losses and optimizer in all variants:
+
+* *by hand*: a loop of torch alone, block after block;
+* *Lightning*: a plain LightningModule that does the same in its `training_step`: the difference is Lightning's share;
+* *module*: our module under `strategy="auto"`;
+* *pipebd*: our module under `strategy="pipebd", devices=1`.
+
+The variants take turns. The time of a step is the median over its steps of what the process computes
+(`time.process_time`; wall time beside it), and ratios are taken within a turn. Memory is the peak of an own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_pipebd import BlockwiseDistillationModule
+
+NUM_BLOCKS = 4
+NUM_WARM_UP = 10
+WORKLOADS = {"tiny": (16, 16, 150), "10 ms": (512, 448, 20)}  # width, rows, steps of a turn
+
+
+def make_models(width: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Give teacher and student of equal blocks."""
+
+    def make() -> nn.Sequential:
+        return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(NUM_BLOCKS)))
+
+    seed_everything(0, verbose=False)
+    return make(), make()
+
+
+class Clock(Callback):
+    """Times of the steps, from the end of one to the end of the next."""
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[float, float]] = []
+
+    def mark(self) -> None:
+        """Note that a step has ended."""
+        self.marks.append((time.process_time(), time.perf_counter()))
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.mark()
+
+    def step_ms(self) -> tuple[float, float]:
+        """Give the median times of a step: of the process, and of the wall."""
+        pairs = list(zip(self.marks[NUM_WARM_UP:], self.marks[NUM_WARM_UP + 1 :], strict=False))
+        cpu, wall = (statistics.median(after[i] - before[i] for before, after in pairs) * 1000 for i in (0, 1))
+        return cpu, wall
+
+
+class ByHand(LightningModule):
+    """The same training as a plain LightningModule."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        teacher, self.student = make_models(width)
+        self._teacher = [teacher.eval().requires_grad_(False)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return sum_of_losses(self._teacher[0], self.student, batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.student.parameters(), lr=1e-3)
+
+
+class Distil(BlockwiseDistillationModule):
+    """Equal blocks, mean squared error."""
+
+    def __init__(self, width: int) -> None:
+        paths = [str(index) for index in range(NUM_BLOCKS)]
+        super().__init__(*make_models(width), dict(zip(paths, paths, strict=True)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.student.parameters(), lr=1e-3)
+
+
+def sum_of_losses(teacher: nn.Sequential, student: nn.Sequential, boundary: Tensor) -> Tensor:
+    """Give the sum of all blocks' losses."""
+    losses = []
+    for theirs, mine in zip(teacher, student, strict=True):
+        with torch.no_grad():
+            output = theirs(boundary)
+        losses.append(nn.functional.mse_loss(mine(boundary), output))
+        boundary = output
+    return torch.stack(losses).sum()
+
+
+def make_loader(workload: str) -> DataLoader[Any]:
+    """Give the batches of a turn."""
+    width, rows, steps = WORKLOADS[workload]
+    return DataLoader(TensorDataset(torch.randn(rows * (steps + NUM_WARM_UP), width)), batch_size=rows)
+
+
+def loop_by_hand(workload: str) -> Clock:
+    """Train without Lightning."""
+    teacher, student = make_models(WORKLOADS[workload][0])
+    teacher.eval().requires_grad_(False)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
+    clock = Clock()
+    for (inputs,) in make_loader(workload):
+        optimizer.zero_grad()
+        boundary = inputs
+        for theirs, mine in zip(teacher, student, strict=True):
+            with torch.no_grad():
+                output = theirs(boundary)
+            torch.autograd.backward(nn.functional.mse_loss(mine(boundary), output))
+            boundary = output
+        optimizer.step()
+        clock.mark()
+    return clock
+
+
+def fit(workload: str, make: Callable[[int], LightningModule], strategy: str) -> Clock:
+    """Train with a Trainer that does nothing else."""
+    clock = Clock()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=strategy,
+        max_epochs=1,
+        callbacks=[clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(make(WORKLOADS[workload][0]), make_loader(workload))
+    return clock
+
+
+VARIANTS: dict[str, Callable[[str], Clock]] = {
+    "by hand": loop_by_hand,
+    "Lightning": lambda workload: fit(workload, ByHand, "auto"),
+    "module": lambda workload: fit(workload, Distil, "auto"),
+    "pipebd": lambda workload: fit(workload, Distil, "pipebd"),
+}
+
+
+class Figures(NamedTuple):
+    """What a variant took."""
+
+    cpu_ms: float
+    wall_ms: float
+    ratio: float
+
+
+def take_turns(workload: str, repeats: int) -> dict[str, Figures]:
+    """Measure all variants; the first turn warms up."""
+    turns = [{name: run(workload).step_ms() for name, run in VARIANTS.items()} for _ in range(repeats + 1)]
+    found: dict[str, list[Figures]] = defaultdict(list)
+    for turn in turns[1:]:
+        for name, (cpu_ms, wall_ms) in turn.items():
+            found[name].append(Figures(cpu_ms, wall_ms, cpu_ms / turn["by hand"][0]))
+    return {name: Figures(*map(statistics.median, zip(*figures, strict=True))) for name, figures in found.items()}
+
+
+def peak_mib(workload: str, variant: str) -> float:
+    """Give the peak memory of a process that trains one variant."""
+    command = [sys.executable, __file__, "--run", workload, variant]
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, env=os.environ).stdout))
+
+
+def main() -> None:
+    """Print a table for each workload."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--without-memory", action="store_true")
+    parser.add_argument("--run", nargs=2, default=None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    if arguments.run:
+        workload, variant = arguments.run
+        VARIANTS[variant](workload)
+        sys.stdout.write(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        return
+    for workload in WORKLOADS:
+        sys.stdout.write(f"\n{workload}, {NUM_BLOCKS} blocks: ms per step | / by hand | us over Lightning | MiB\n")
+        figures = take_turns(workload, arguments.repeats)
+        for name, found in figures.items():
+            over_us = (found.cpu_ms - figures["Lightning"].cpu_ms) * 1000
+            memory = "" if arguments.without_memory else f"{peak_mib(workload, name):9.0f}"
+            sys.stdout.write(
+                f"{name:12}{found.cpu_ms:9.3f} (wall {found.wall_ms:9.3f}) {found.ratio:7.3f} {over_us:9.0f} {memory}\n"
+            )
+
+
+if __name__ == "__main__":
+    main()
