@@ -30,6 +30,7 @@ from lightning_pipebd.plans import resolve_plan
 from lightning_pipebd.runtime.agreement import done_by_rank_zero
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 from lightning_pipebd.runtime.transport import Transport
+from lightning_pipebd.trials import try_plans
 
 __all__ = ["FoundPlan", "PlanFinder", "UnreadLoader", "explain_found", "find_plan_of_fit"]
 
@@ -70,6 +71,7 @@ class PlanFinder:
         memory_limit: Bytes that each rank may use.
         costs: Costs to use instead of measuring.
         max_in_flight: Steps by which a rank may run ahead.
+        trials: Plans to try before one is chosen, where predictions cannot decide; 0 tries none.
         replan: `"epoch"` to look for a better plan at the end of every epoch; `None` to keep the plan.
 
     Raises:
@@ -88,6 +90,7 @@ class PlanFinder:
         costs: str | CostTable | Measurement | None,
         max_in_flight: int,
         replan: str | None = None,
+        trials: int = 0,
     ) -> None:
         if exactness is not None and exactness not in [level.value for level in _LEVELS]:
             raise ValueError(
@@ -96,7 +99,10 @@ class PlanFinder:
             )
         if replan not in (None, "epoch"):
             raise ValueError(f"`replan` must be 'epoch' or None, but is {replan!r}. Choose one of them.")
+        if trials < 0 or trials == 1:
+            raise ValueError(f"`trials` must be 0, or at least 2 plans to compare, but is {trials}. Use 3, or 0.")
         self.replans = replan is not None
+        self._trials = trials
         self._given = plan
         self._exactness = None if exactness is None else Exactness(exactness)
         self._memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
@@ -119,6 +125,7 @@ class PlanFinder:
             "memory_limit": self._memory_limit,
             "costs": self._costs,
             "replan": self.replans or None,
+            "trials": self._trials or None,
         }
         given = [name for name, value in options.items() if value is not None]
         if given:
@@ -183,6 +190,7 @@ class PlanFinder:
             return FoundPlan(given or Plan.straight([bench.module.num_blocks, *[0] * (len(machines) - 1)]), None)
         cluster = _fitting_cluster(find_cluster(machines, self._memory_limit), measurement.costs)
         outlook = done_by_rank_zero(bench.transport, lambda: self._look(given, measurement, cluster))
+        outlook = try_plans(bench, outlook, self._trials)
         return FoundPlan(outlook.plan, outlook)
 
     def _look(self, given: Plan | None, measurement: Measurement, cluster: Cluster) -> Outlook:

@@ -41,7 +41,7 @@ from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 from lightning_pipebd.runtime.transport import Transport
 
-__all__ = ["Bench", "block_traits", "count_batch_rows", "measure_module"]
+__all__ = ["Bench", "block_traits", "count_batch_rows", "first_batch", "measure_module"]
 
 _SECONDS_BETWEEN_NEWS = 2.0
 _LEAST_NOISE, _MOST_NOISE = 0.01, 0.5
@@ -142,9 +142,15 @@ def measure_module(
 
 def count_batch_rows(bench: Bench) -> int | None:
     """**Collective** over all ranks: count the rows of the first batch; `None` if there is none."""
+    batch = first_batch(bench)
+    return None if batch is None else count_rows(batch[0])
+
+
+def first_batch(bench: Bench) -> tuple[Any, Any] | None:
+    """**Collective** over all ranks: give input and labels of the first batch, on the device; `None` without one."""
     with preserved_random_states():
         first = _share_batch(bench)
-        return None if first.batch is None else count_rows(_bring(bench, first.batch)[0])
+        return None if first.batch is None else _bring(bench, first.batch)
 
 
 # The batch.

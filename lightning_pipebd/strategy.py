@@ -65,6 +65,7 @@ class PipeBDStrategy(Replanning):
             takes what a GPU has free, and on CPU no limit.
         costs: Costs to plan with instead of measuring: the path of a file that ``pipebd plan --save-costs`` wrote, or
             a :class:`~lightning_pipebd.planning.costs.CostTable`.
+        trials: How many plans to try for some steps, where predictions cannot tell which is the fastest.
         replan: ``"epoch"`` goes on with another plan from epoch to epoch, where steps take other times than was
             foreseen, or blocks were frozen, and another plan is then faster; the student is that of one process all
             the same. ``None`` only tells.
@@ -94,6 +95,7 @@ class PipeBDStrategy(Replanning):
         exactness: str | None = None,
         memory_limit: str | int | None = None,
         costs: str | CostTable | Measurement | None = None,
+        trials: int = 0,
         replan: str | None = None,
         max_in_flight: int = 2,
         num_micro_batches: int | None = None,
@@ -119,6 +121,7 @@ class PipeBDStrategy(Replanning):
             costs=costs,
             max_in_flight=max_in_flight,
             replan=replan,
+            trials=trials,
         )
         self._request = PlanRequest(finder, PipelineOptions(num_micro_batches, schedule, split_backward))
         self._found: FoundPlan | None = None

@@ -53,6 +53,8 @@ class Manual(Distil):
         (Distil, {"plan": PLAN}, {"callbacks": [StochasticWeightAveraging(0.1)]}, "must see all weights"),
         (Distil, {"plan": PLAN, "exactness": "bitwise"}, {}, "`exactness` must be left out for a TeacherStudentModule"),
         (Distil, {"plan": PLAN, "memory_limit": "1GiB"}, {}, "`memory_limit` must be left out"),
+        (Distil, {"plan": PLAN, "replan": "epoch"}, {}, "`replan` must be left out"),
+        (Distil, {"plan": PLAN, "trials": 2}, {}, "`trials` must be left out"),
         (OwnStep, {"plan": PLAN}, {}, "must leave `training_step` alone"),
         (Manual, {"plan": PLAN}, {}, "`automatic_optimization` must be True"),
         (LinearModule, {"num_micro_batches": 2}, {}, "`num_micro_batches` must be left out"),

@@ -35,6 +35,7 @@ PARAMETERS = {
         "*, exactness=None",
         "memory_limit=None",
         "costs=None",
+        "trials=0",
         "replan=None",
         "max_in_flight=2",
         "num_micro_batches=None",
