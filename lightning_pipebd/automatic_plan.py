@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_pipebd.cost_tables import MeasurementCache, load_measurement
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy, set_device, without_train_loader
-from lightning_pipebd.measuring import Bench, Machine, block_traits, count_batch_rows, find_cluster, measure_module
+from lightning_pipebd.machines import Machine, find_cluster
+from lightning_pipebd.measuring import Bench, block_traits, count_batch_rows, measure_module
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable
@@ -69,9 +70,13 @@ class PlanFinder:
         memory_limit: Bytes that each rank may use.
         costs: Costs to use instead of measuring.
         max_in_flight: Steps by which a rank may run ahead.
+        replan: `"epoch"` to look for a better plan at the end of every epoch; `None` to keep the plan.
 
     Raises:
         ValueError: An option has no such value.
+
+    Attributes:
+        replans: Whether the plan may change between epochs.
     """
 
     def __init__(
@@ -82,12 +87,16 @@ class PlanFinder:
         memory_limit: str | int | None,
         costs: str | CostTable | Measurement | None,
         max_in_flight: int,
+        replan: str | None = None,
     ) -> None:
         if exactness is not None and exactness not in [level.value for level in _LEVELS]:
             raise ValueError(
                 f"`exactness` must be 'bitwise' or 'summation', but is {exactness!r}. A plan that changes the "
                 "statistics of a block is never chosen; give such a plan yourself."
             )
+        if replan not in (None, "epoch"):
+            raise ValueError(f"`replan` must be 'epoch' or None, but is {replan!r}. Choose one of them.")
+        self.replans = replan is not None
         self._given = plan
         self._exactness = None if exactness is None else Exactness(exactness)
         self._memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
@@ -105,7 +114,12 @@ class PlanFinder:
         Raises:
             ValueError: One was given.
         """
-        options = {"exactness": self._exactness, "memory_limit": self._memory_limit, "costs": self._costs}
+        options = {
+            "exactness": self._exactness,
+            "memory_limit": self._memory_limit,
+            "costs": self._costs,
+            "replan": self.replans or None,
+        }
         given = [name for name, value in options.items() if value is not None]
         if given:
             raise ValueError(
@@ -161,7 +175,7 @@ class PlanFinder:
             PlanError: Nothing fits the memory, or the given plan does not.
         """
         given = self.given_plan(bench.module, len(machines))
-        if given is not None and self._costs is None and self._memory_limit is None:
+        if given is not None and self._costs is None and self._memory_limit is None and not self.replans:
             return FoundPlan(given, None)
         measurement = self._measure(bench, machines, make_optimizers)
         if measurement is None:
@@ -173,7 +187,13 @@ class PlanFinder:
 
     def _look(self, given: Plan | None, measurement: Measurement, cluster: Cluster) -> Outlook:
         if given is not None:
-            outlook = Outlook(plan=given, measurement=measurement, cluster=cluster, max_in_flight=self._max_in_flight)
+            outlook = Outlook(
+                plan=given,
+                measurement=measurement,
+                cluster=cluster,
+                max_in_flight=self._max_in_flight,
+                exactness_wanted=self._exactness,
+            )
             outlook.check_memory()
             return outlook
         return Outlook.find(measurement, cluster, exactness=self._exactness, max_in_flight=self._max_in_flight)

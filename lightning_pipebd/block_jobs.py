@@ -47,8 +47,10 @@ class BlockJobs:
             loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
         if is_part:
             loss = loss * (rows.num_rows / num_rows)
-        scaled = loss if self.num_accumulated == 1 else loss / self.num_accumulated
-        if self._scalers is not None:
-            scaled = self._scalers.scale(block, scaled)
-        self._plugin.backward(scaled, self._module, self.optimizer)
+        # A frozen block only tells its loss; the gradients of a stopped one would be thrown away.
+        if loss.requires_grad and block not in self._module.finite_guard.stopped:
+            scaled = loss if self.num_accumulated == 1 else loss / self.num_accumulated
+            if self._scalers is not None:
+                scaled = self._scalers.scale(block, scaled)
+            self._plugin.backward(scaled, self._module, self.optimizer)
         return loss.detach()

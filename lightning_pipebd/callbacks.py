@@ -74,6 +74,11 @@ class BlockMetrics(Callback):
             weighted = loss.double() * num_rows
             self._sums[block] = self._sums[block] + weighted if block in self._sums else weighted
 
+    @property
+    def latest(self) -> dict[Any, Tensor]:
+        """This rank's parts of the losses of the last step."""
+        return self._latest
+
     def close(self) -> None:
         """End the exchange; every rank must call it after the same step."""
         if self._outbox is not None:

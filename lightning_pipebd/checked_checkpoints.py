@@ -14,7 +14,7 @@ from lightning_pipebd.checkpoint_io import CheckedCheckpointIO, choose_intact
 from lightning_pipebd.data import POSITION
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, silence_resume_warning
+from lightning_pipebd.lightning_internals import ProcessGroupStrategy, begin_next_epoch, silence_resume_warning
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
@@ -61,6 +61,12 @@ class CheckedCheckpoints(ProcessGroupStrategy):
             self.position = DataPosition.from_plain(checkpoint[POSITION])
             silence_resume_warning()
         return checkpoint
+
+    @override
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        begin_next_epoch(self.lightning_module.trainer)
+        super().on_train_start()
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
-__all__ = ["PrunedOptimizer", "hand_over", "synchronise", "synchronise_models"]
+__all__ = ["PrunedOptimizer", "hand_over", "share_from_zero", "synchronise", "synchronise_models"]
 
 
 class PrunedOptimizer:
@@ -44,7 +44,8 @@ class PrunedOptimizer:
         is_owned: Callable[[nn.Parameter], bool],
     ) -> None:
         self.optimizer = optimizer
-        self._group_sizes = [len(group["params"]) for group in optimizer.param_groups]
+        self._groups = [list(group["params"]) for group in optimizer.param_groups]
+        self._group_sizes = [len(group) for group in self._groups]
         self.dtypes = [parameter.dtype for group in optimizer.param_groups for parameter in group["params"]]
         self._local: list[int] = []
         self._owned: set[int] = set()
@@ -66,6 +67,11 @@ class PrunedOptimizer:
     def local_numbers(self) -> list[int]:
         """For each parameter that is left, its number among all that there were."""
         return self._local
+
+    def restore(self) -> None:
+        """Give the optimizer all its parameters back; it has the state of this rank's alone."""
+        for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
+            group["params"] = list(parameters)
 
     def state(self, transport: Transport) -> dict[str, Any]:
         """**Collective** over all ranks: give the state in the layout of one device; complete on rank 0 only."""
@@ -124,6 +130,15 @@ def hand_over(transport: Transport, tensors_and_owners: Iterable[tuple[Sequence[
                     parts = torch.split(flat, [tensor.numel() for tensor in same_type])
                     for tensor, part in zip(same_type, parts, strict=True):
                         tensor.copy_(part.view_as(tensor))
+
+
+def share_from_zero(transport: Transport, tree: Any) -> Any:
+    """**Collective** over all ranks: give every rank what rank 0 has, a tree of tensors that may be large."""
+    if transport.rank:
+        return transport.recv(0, Lane.STATE).tree
+    for peer in range(1, transport.num_ranks):
+        transport.send(Message((0, 0, 0, 0), tree), peer, Lane.STATE).wait()
+    return tree
 
 
 def synchronise_models(transport: Transport, module: DistillationModule) -> None:

@@ -21,7 +21,7 @@ from lightning_pipebd.planning.measurement import Measurement
 __all__ = ["MeasurementCache", "as_measurement", "load_measurement", "save_measurement"]
 
 # Another number when costs mean something else: older files are not found any more.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def load_measurement(path: str | Path) -> Measurement:

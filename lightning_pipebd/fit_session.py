@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from datetime import timedelta
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import Optimizer
 
 from lightning_pipebd.callbacks import BlockMetrics
@@ -18,6 +19,7 @@ from lightning_pipebd.runtime.progress import Progress
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.transport import Lane, Transport
 from lightning_pipebd.runtime.watcher import Watcher
+from lightning_pipebd.signals import SignalFollower, describe_end
 
 __all__ = ["FitSession"]
 
@@ -82,7 +84,10 @@ class FitSession:
         self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
         self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs, assemble_student)
         add_callback(trainer, self._metrics)
+        self._follower = SignalFollower(trainer, self.progress)
+        add_callback(trainer, self._follower, is_last=True)
         self._trainer = trainer
+        self._begun_with = (trainer, sharing_logs, assemble_student)
 
     def close(self) -> None:
         """Finish all exchanges; every rank must do so after the same step."""
@@ -101,6 +106,8 @@ class FitSession:
         """This rank ends with an error: wait for nobody any more; gives the report of what is known of the run."""
         self._is_abandoned = True
         report = self._watcher.fail(error) if self._watcher is not None else ""
+        if isinstance(error, SIGTERMException):
+            report = describe_end(self._rank, self.num_steps)
         if self._is_open:
             self._is_open = False
             self._relay.abandon()
@@ -113,6 +120,7 @@ class FitSession:
         """Take back what was changed in the trainer, and close what is still open."""
         if hasattr(self, "_metrics"):
             remove_callback(self._trainer, self._metrics)
+            remove_callback(self._trainer, self._follower)
         if self._is_open and not self._is_abandoned:
             self.close()
 

@@ -36,15 +36,20 @@ __all__ = [
     "StagedBatchModule",
     "add_callback",
     "before_transfer",
+    "begin_next_epoch",
+    "follow_requeue_signal",
     "is_logging_step",
     "launched_processes",
     "logging_step",
+    "redirect_signals",
     "remove_callback",
     "request_train_loader",
     "seed_workers",
     "set_device",
+    "set_terminated",
     "silence_resume_warning",
     "silence_sigterm_broadcast",
+    "stops_between_batches",
     "user_callbacks",
     "validates_by_time",
     "without_train_loader",
@@ -237,11 +242,44 @@ def silence_sigterm_broadcast(trainer: Trainer) -> None:
     """Switch off the broadcast over all ranks with which Lightning starts every batch (since 2.5.2).
 
     It would make the ranks step in lock-step: a rank could not run ahead, and the pipeline would be filled anew for
-    every batch. A SIGTERM still ends each process that receives it.
+    every batch. What SIGTERM does is in :mod:`~lightning_pipebd.signals`.
     """
     loop = trainer.fit_loop.epoch_loop
     if hasattr(loop, _SIGTERM_BROADCAST):
         setattr(loop, _SIGTERM_BROADCAST, lambda: None)
+
+
+def redirect_signals(trainer: Trainer, terminate: Callable[[], None], requeue: Callable[[int], None]) -> None:
+    """Have SIGTERM and SLURM's requeue signal call these, in the signal handler, instead of what Lightning does there.
+
+    To be called before Lightning registers its handlers, hence in set-up. SIGTERM still goes on to launched processes.
+    """
+    connector = trainer._signal_connector
+
+    def on_terminate(signum: int, frame: object) -> None:
+        launcher = trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher) and not connector.received_sigterm:
+            launcher.kill(signum)
+        terminate()
+
+    connector._sigterm_notifier_fn = on_terminate  # type: ignore[assignment, method-assign]
+    connector._slurm_sigusr_handler_fn = lambda signum, _: requeue(signum)  # type: ignore[method-assign]
+
+
+def follow_requeue_signal(trainer: Trainer, signum: int) -> None:
+    """**Collective** over all ranks: save a checkpoint and requeue the job, as Lightning does for the signal."""
+    connector = trainer._signal_connector
+    type(connector)._slurm_sigusr_handler_fn(connector, signum, None)  # type: ignore[arg-type]  # the frame is not used
+
+
+def set_terminated(trainer: Trainer) -> None:
+    """Have Lightning's loops raise ``SIGTERMException`` at the next place where they ask."""
+    trainer._signal_connector.received_sigterm = True
+
+
+def stops_between_batches(trainer: Trainer) -> bool:
+    """Tell whether nothing is under way after the present batch: its gradients have been used."""
+    return not trainer.fit_loop._should_accumulate()
 
 
 def before_transfer(module: LightningModule, batch: Any) -> Any:
@@ -253,6 +291,17 @@ def before_transfer(module: LightningModule, batch: Any) -> Any:
 def silence_resume_warning() -> None:
     """Have Lightning not warn of loaders that cannot go on in the middle of an epoch: under the strategy, they can."""
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+
+
+def begin_next_epoch(trainer: Trainer) -> None:
+    """Have an epoch that follows a resume begin as every other one.
+
+    Lightning (2.5 to 2.6 at least) completes the epoch of a checkpoint that was written after its last batch, and then
+    takes the next one for the rest of it: counts are one short from there on, and a second resume repeats the epoch.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_mid_epoch and loop.epoch_progress.current.completed == loop.epoch_progress.current.ready:
+        loop.reset_restart_stage()
 
 
 def seed_workers(loader: object, position: int) -> None:
@@ -303,9 +352,10 @@ def without_train_loader(trainer: Trainer) -> Iterator[None]:
         loop._combined_loader, loop._data_fetcher = before
 
 
-def add_callback(trainer: Trainer, callback: Callback) -> None:
-    """Add a callback for this fit, before the user's: its values are there when theirs look for them."""
-    trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]  # Lightning's connectors set it
+def add_callback(trainer: Trainer, callback: Callback, *, is_last: bool = False) -> None:
+    """Add a callback for this fit, before the user's: its values are there when theirs look for them; or after."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's connectors set it
+    callbacks.insert(len(callbacks) if is_last else 0, callback)
 
 
 def remove_callback(trainer: Trainer, callback: Callback) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from itertools import pairwise
+from math import hypot
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -19,55 +19,34 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from lightning_pipebd.block_jobs import BlockJobs
+from lightning_pipebd.checkpoint import share_from_zero
 from lightning_pipebd.cost_tables import MeasurementCache
 from lightning_pipebd.first_batch import FirstBatch, only_loader, peek
 from lightning_pipebd.lightning_internals import request_train_loader
+from lightning_pipebd.loop_costs import measure_loop
+from lightning_pipebd.machines import Machine
 from lightning_pipebd.measurement_key import measurement_key
 from lightning_pipebd.module import BlockwiseDistillationModule
-from lightning_pipebd.planning.cluster import Cluster
-from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, CostTable, DeviceTimes, LinkCost, Overheads
+from lightning_pipebd.nonfinite import FiniteGuard
+from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, CostTable, DeviceTimes
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.explain import BlockTraits
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.runtime.agreement import done_by_all, done_by_rank_zero
-from lightning_pipebd.runtime.link_probe import measure_links, probe_edges, probe_groups
+from lightning_pipebd.runtime.link_probe import Links, measure_links, probe_edges, probe_groups
 from lightning_pipebd.runtime.optimizer_costs import measure_updates
 from lightning_pipebd.runtime.partition import has_batch_statistics, is_stochastic
 from lightning_pipebd.runtime.profiler import BlockParts, BlockProfile, measured_row_counts, profile_blocks
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
-from lightning_pipebd.runtime.transport import Lane, Message, Transport
+from lightning_pipebd.runtime.transport import Transport
 
-__all__ = ["Bench", "Machine", "block_traits", "count_batch_rows", "find_cluster", "measure_module"]
+__all__ = ["Bench", "block_traits", "count_batch_rows", "measure_module"]
 
-# A table is used in any case: beyond this, more noise would only make the choice more timid.
 _SECONDS_BETWEEN_NEWS = 2.0
-_LEAST_NOISE, _MOST_NOISE = 0.01, 0.1
-
-
-class Machine(NamedTuple):
-    """What a rank computes on.
-
-    Args:
-        device_class: Model of the device.
-        node: Number of its node.
-        num_threads: Threads with which it computes.
-        memory_bytes: What the device has free; `None` where nobody counts.
-    """
-
-    device_class: str
-    node: int
-    num_threads: int
-    memory_bytes: int | None
-
-    @classmethod
-    def here(cls, device: torch.device, node: int) -> Machine:
-        """Describe this rank."""
-        if device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            held = torch.cuda.memory_reserved(device)
-            return cls(torch.cuda.get_device_name(device), node, torch.get_num_threads(), free + held)
-        return cls(_processor(), node, torch.get_num_threads(), None)
+_LEAST_NOISE, _MOST_NOISE = 0.01, 0.5
+# Beside all noise, predicted step times of different plans have been found this much off against each other.
+_MODEL_ERROR = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,15 +72,6 @@ class Bench:
     to_device: Callable[[Any], Any]
     is_synchronised: bool
     tell: Callable[[str], None]
-
-
-def find_cluster(machines: Sequence[Machine], memory_limit_bytes: int | None) -> Cluster:
-    """Describe the ranks; a limit of `None` is what each device has free."""
-    return Cluster(
-        device_class=tuple(machine.device_class for machine in machines),
-        node=tuple(machine.node for machine in machines),
-        memory_limit_bytes=tuple(memory_limit_bytes or machine.memory_bytes for machine in machines),
-    )
 
 
 def block_traits(module: BlockwiseDistillationModule, *, is_synchronised: bool) -> list[BlockTraits]:
@@ -200,12 +170,7 @@ def _share_batch(bench: Bench) -> FirstBatch:
         return found._replace(batch=None)
 
     found = done_by_rank_zero(transport, look_and_keep)
-    if transport.rank:
-        batches.append(transport.recv(0, Lane.STATE).tree)
-    else:
-        for peer in range(1, transport.num_ranks):
-            transport.send(Message((0, 0, 0, 0), batches[0]), peer, Lane.STATE).wait()
-    return found._replace(batch=batches[0])
+    return found._replace(batch=share_from_zero(transport, batches[0] if batches else None))
 
 
 def _example(bench: Bench) -> FirstBatch:
@@ -274,12 +239,19 @@ def _measure_own(
             device=bench.device,
             tell=_Progress(bench.tell),
         )
-    updates = measure_updates(optimizers, [module.block_parameters(block) for block in own], bench.device)
+    guard = FiniteGuard("raise")
+    updates = measure_updates(
+        optimizers,
+        [module.block_parameters(block) for block in own],
+        bench.device,
+        check=lambda parameters: guard.check(0, "", parameters, (), 0),
+    )
+    guard.flush()
     return _Findings(
         profile,
         dict(zip(own, updates.update_ms, strict=True)),
         dict(zip(own, updates.optimizer_bytes, strict=True)),
-        updates.step_ms,
+        updates.step_ms + measure_loop(),
     )
 
 
@@ -325,7 +297,7 @@ def _put_together(
     machines: Sequence[Machine],
     batch: tuple[Any, Any],
     first: FirstBatch,
-    links: tuple[LinkCost, LinkCost],
+    links: Links,
     findings: Sequence[_Findings],
 ) -> Measurement:
     num_rows, module = count_rows(batch[0]), bench.module
@@ -338,7 +310,6 @@ def _put_together(
             times.setdefault(block, []).append(replace(own.times, update_ms=found.update_ms[block]))
             sizes[block] = replace(own.sizes, optimizer_bytes=found.optimizer_bytes[block])
     labels = [leaf for leaf in pytree.tree_leaves(batch[1]) if isinstance(leaf, Tensor)]
-    uncertainty = max(found.profile.uncertainty for found in findings)
     costs = CostTable(
         blocks=tuple(sizes[block] for block in range(module.num_blocks)),
         devices=tuple(
@@ -348,10 +319,11 @@ def _put_together(
         boundary_bytes_per_row=boundary_bytes,
         target_bytes_per_row=sum(leaf.nbytes for leaf in labels) // num_rows if module.target_blocks else 0,
         loader=first.loader,
-        same_node=links[0],
-        other_node=links[1],
-        overheads=Overheads(step_ms=findings[0].step_ms),
-        noise=min(max(uncertainty, _LEAST_NOISE), _MOST_NOISE),
+        same_node=links.same_node,
+        other_node=links.other_node,
+        overheads=replace(links.overheads, step_ms=max(found.step_ms for found in findings)),
+        noise=_noise(findings, [own for times in classes.values() for own in times.values()]),
+        model_error=_MODEL_ERROR,
     )
     traits = block_traits(module, is_synchronised=bench.is_synchronised)
     coupled = {block for found in findings for block in found.profile.coupled}
@@ -367,6 +339,20 @@ def _put_together(
     )
 
 
+def _noise(findings: Sequence[_Findings], measured: Sequence[Sequence[BlockTimes]]) -> float:
+    """Give the relative uncertainty of a single time: from repeats on one rank, or from ranks that disagree."""
+    pairs = [
+        (first.at(rows), second.at(rows))
+        for times in measured
+        for one, other in pairwise(times)
+        for first, second in ((one.teach_ms, other.teach_ms), (one.learn_ms, other.learn_ms))
+        for rows in first.amounts
+    ]
+    total = hypot(*(first + second for first, second in pairs))
+    disagreement = hypot(*(first - second for first, second in pairs)) / total if total else 0.0
+    return min(max(_LEAST_NOISE, disagreement, *(found.profile.noise for found in findings)), _MOST_NOISE)
+
+
 def _mean(times: Sequence[BlockTimes]) -> BlockTimes:
     def merge(curves: Sequence[Curve]) -> Curve:
         return Curve((rows, fmean(curve.at(rows) for curve in curves)) for rows in curves[0].amounts)
@@ -376,12 +362,3 @@ def _mean(times: Sequence[BlockTimes]) -> BlockTimes:
         learn_ms=merge([own.learn_ms for own in times]),
         update_ms=fmean(own.update_ms for own in times),
     )
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.machine() or "cpu"

@@ -23,6 +23,8 @@ from lightning_pipebd.runtime.row_trees import count_rows
 
 __all__ = ["BlockwiseDistillationModule"]
 
+_FROZEN = "frozen_blocks"
+
 
 class BlockwiseDistillationModule(DistillationModule):
     """Train every block of a student to imitate its block of a teacher, from the teacher's own activations.
@@ -113,6 +115,7 @@ class BlockwiseDistillationModule(DistillationModule):
             block: _resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
         }
         self.finite_guard = FiniteGuard(on_nonfinite)
+        self._frozen: set[int] = set()
         self.compile_options = compile_options(compile)
         self._teacher_calls = BlockCalls(pairs.teacher, "teacher", self.compile_options)
         self._student_calls = BlockCalls(pairs.student, "student", self.compile_options)
@@ -167,6 +170,32 @@ class BlockwiseDistillationModule(DistillationModule):
         both = [*self.student.parameters(), *self.adapters.parameters()]
         return [parameter for parameter in both if parameter.requires_grad]
 
+    def freeze_block(self, block: int) -> None:
+        """Train a block no longer: its parameters stay as they are, also after a resumption. Call it on all ranks.
+
+        Its loss is still computed and logged, and its buffers still change, as those of any module in training mode;
+        there is no backward pass and no update.
+
+        Raises:
+            ValueError: There is no such block, or no other one that is still trained.
+        """
+        if not 0 <= block < self.num_blocks:
+            msg = f"`block` must be below {self.num_blocks}, but is {block}. Blocks are counted from 0."
+            raise ValueError(msg)
+        if len(self._frozen | {block}) == self.num_blocks:
+            msg = f"`block` must leave another block to train, but {block} is the last one. Stop the trainer instead."
+            raise ValueError(msg)
+        self._frozen.add(block)
+        for parameter in self.block_parameters(block):
+            parameter.grad = None
+
+    @property
+    def frozen_blocks(self) -> frozenset[int]:
+        """Blocks of which nothing is trained: frozen, without parameters that want a gradient, or stopped here."""
+        wanting = (any(own.requires_grad for own in self.block_parameters(block)) for block in range(self.num_blocks))
+        idle = {block for block, wants in enumerate(wanting) if not wants}
+        return frozenset(self._frozen | idle | self.finite_guard.stopped.keys())
+
     # What users override.
 
     def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:
@@ -212,6 +241,8 @@ class BlockwiseDistillationModule(DistillationModule):
         coordinates = (self.trainer.current_epoch, batch_idx, block, first_row)
         with random_stream(stream_key(self.random_seed, *coordinates), self.device):
             loss = self._rate(block, boundary, teacher_output, targets)
+        # With gradients until here: by them a loss tells hidden states from masks.
+        loss = loss.detach() if block in self._frozen else loss
         self.finite_guard.note_loss(block, loss)
         return loss
 
@@ -300,15 +331,18 @@ class BlockwiseDistillationModule(DistillationModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed of the random streams and the blocks that were stopped."""
+        """Keep the seed of the random streams and the blocks that were stopped or frozen."""
         super().on_save_checkpoint(checkpoint)
+        if self._frozen:
+            checkpoint[_FROZEN] = sorted(self._frozen)
         self.finite_guard.flush()
         self.finite_guard.save(checkpoint, [self.finite_guard.stopped])
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the seed of the run that wrote the checkpoint, and its stopped blocks."""
+        """Take up the seed of the run that wrote the checkpoint, and its stopped and frozen blocks."""
         super().on_load_checkpoint(checkpoint)
+        self._frozen = set(checkpoint.get(_FROZEN, ()))
         self.finite_guard.load(checkpoint)
 
 

@@ -1,4 +1,4 @@
-"""Pictures of timelines, predicted and measured."""
+"""Pictures of timelines, predicted and measured, and of losses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lightning_pipebd.planning.program import Kind
 from lightning_pipebd.planning.simulate import Simulation
 
-__all__ = ["DrawnSpan", "check_plots", "draw_timelines", "predicted_spans"]
+__all__ = ["DrawnSpan", "check_plots", "draw_losses", "draw_timelines", "predicted_spans"]
 
 _COLOURS = {
     Kind.LOAD: "#bab0ac",
@@ -87,6 +87,36 @@ def draw_timelines(path: str | Path, timelines: Mapping[str, Sequence[DrawnSpan]
     axes[-1, 0].set_xlabel("ms")
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS.values()]
     figure.legend(handles, [kind.value for kind in _COLOURS], ncols=len(_COLOURS), loc="outside lower center")
+    try:
+        figure.savefig(path)
+    finally:
+        pyplot.close(figure)
+
+
+def draw_losses(path: str | Path, curves: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Draw the losses of blocks by training step, on a logarithmic scale where all are above 0.
+
+    Args:
+        path: Picture to write; its ending chooses the kind.
+        curves: Names, steps and losses.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    pyplot = _pyplot()
+    figure, axis = pyplot.subplots(figsize=(14, 4.5), layout="constrained")
+    for number, (name, curve) in enumerate(curves.items()):
+        steps, losses = zip(*curve, strict=True) if curve else ((), ())
+        # Ten colours; then they come again with other strokes.
+        axis.plot(steps, losses, label=name, color=f"C{number % 10}", linestyle=("-", "--", ":")[number // 10 % 3])
+    values = [loss for curve in curves.values() for _, loss in curve]
+    if values and all(0 < loss < float("inf") for loss in values):
+        axis.set_yscale("log")
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss")
+    axis.spines[["top", "right"]].set_visible(False)
+    if curves:
+        figure.legend(loc="outside right upper")
     try:
         figure.savefig(path)
     finally:

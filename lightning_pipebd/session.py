@@ -18,7 +18,9 @@ from typing_extensions import override
 
 from lightning_pipebd.block_jobs import BlockJobs
 from lightning_pipebd.checkpoint import PrunedOptimizer
+from lightning_pipebd.converged_blocks import ConvergedBlocks
 from lightning_pipebd.data import HeaderLoader, TrainLoader, header_loader, save_position
+from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import watch_plan
 from lightning_pipebd.lightning_internals import (
@@ -38,6 +40,7 @@ from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
 from lightning_pipebd.runtime.executor import Executor, Span
 from lightning_pipebd.runtime.gradients import GradientReducer
+from lightning_pipebd.runtime.step_agreement import END, SAVE
 from lightning_pipebd.runtime.transport import ProcessGroupTransport, Transport
 from lightning_pipebd.scaling import BlockScalers
 from lightning_pipebd.step_report import StepReport
@@ -96,6 +99,7 @@ class TrainingSession(FitSession):
         self._train_loader: TrainLoader | HeaderLoader | None = None
         self._norms: SynchronisedNorms | None = None
         self._step_report: StepReport | None = None
+        self._converged = ConvergedBlocks()
         self._observers: list[Callable[[Span], None]] = []
 
     # Life.
@@ -154,18 +158,64 @@ class TrainingSession(FitSession):
         for observer in self._observers:
             observer(span)
 
-    def report(self, outlook: Outlook | None) -> None:
-        """Log after the first epoch how the steps' time compares with what was foreseen."""
+    def report(self, outlook: Outlook | None, *, replans: bool = False) -> None:
+        """Log how the steps' time compares with what was foreseen, and what has changed since."""
         if outlook is not None:
             # On a GPU an action is over when it was begun: its time says nothing.
             listen = self.observe if self._strategy.root_device.type == "cpu" else None
-            self._step_report = StepReport(outlook, self._transport, listen)
+            self._step_report = StepReport(outlook, self._transport, self._module, listen, replans=replans)
             add_callback(self._trainer, self._step_report)
+            add_callback(self._trainer, self._converged)
+
+    @property
+    def better(self) -> Outlook | None:
+        """The plan to go on with from the next epoch on; ``None`` to keep this one."""
+        return self._step_report.better if self._step_report is not None else None
+
+    def take_over(self, old: TrainingSession) -> None:
+        """**Collective** over all ranks: begin where another session has ended, with its steps and its observers."""
+        self.begin(*old._begun_with)
+        self.num_steps = old.num_steps
+        self._converged = old._converged
+        # The list itself: who ends listening takes himself out of it.
+        self._observers = old._observers
+        self._executor.observer = self._tell if self._observers else None
+        # A signal that came between two sessions, or that the old one had yet to follow.
+        for kind in (END, SAVE):
+            if old.progress.agreement.is_open(kind):
+                self.progress.agreement.request(kind)
 
     @property
     def step_time_ms(self) -> float | None:
         """Measured time of a step; ``None`` before the end of the first epoch, or if nothing was foreseen."""
         return self._step_report.step_time_ms if self._step_report is not None else None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan."""
+        return self._plan
+
+    @property
+    def module(self) -> BlockwiseDistillationModule:
+        """Teacher, student and losses."""
+        return self._module
+
+    def place_in_data(self) -> DataPosition | None:
+        """**Collective** over all ranks: give the place between two epochs at which the data stands."""
+        loader, first = self._train_loader, self._plan.loading_ranks[0]
+        mine = loader.position(None) if isinstance(loader, TrainLoader) and self._rank == first else None
+        found = self._transport.all_gather_object(mine.to_plain() if mine else None)[first]
+        return DataPosition.from_plain(found) if found is not None else None
+
+    def release_optimizers(self) -> None:
+        """Give the optimizers all parameters back."""
+        for pruned in self._pruned.values():
+            pruned.restore()
+
+    @property
+    def losses(self) -> dict[int, Tensor]:
+        """This rank's parts of the block losses of the last step."""
+        return self._metrics.latest
 
     def gather(self, value: Any) -> list[Any]:
         """**Collective** over all ranks: give every rank's value, in rank order."""
@@ -177,6 +227,8 @@ class TrainingSession(FitSession):
         if hasattr(self, "_metrics"):
             if self._step_report is not None:
                 remove_callback(self._trainer, self._step_report)
+                remove_callback(self._trainer, self._converged)
+                self._step_report.close()
             self.scalers.restore()
         if self._norms is not None:
             self._norms.restore()

@@ -124,6 +124,20 @@ class SessionChoice(NamedTuple):
             return cls(pipeline, None, request.options.announce(plan, module))
         assert isinstance(module, BlockwiseDistillationModule)
         found = find_plan_of_fit(strategy, request.finder, trainer, module, transport)
+        return cls.open_found(found, strategy, module, transport, max_in_flight=max_in_flight, time_limits=time_limits)
+
+    @classmethod
+    def open_found(
+        cls,
+        found: FoundPlan,
+        strategy: ProcessGroupStrategy,
+        module: BlockwiseDistillationModule,
+        transport: ProcessGroupTransport,
+        *,
+        max_in_flight: int,
+        time_limits: tuple[timedelta | None, timedelta],
+    ) -> SessionChoice:
+        """**Collective** over all ranks: connect the ranks for a plan of blocks, and put the blocks in their places."""
         groups = [found.plan.student_ranks(block) for block in range(found.plan.num_blocks)]
         transport.connect(plan_edges(found.plan, module.target_blocks), groups)
         session = TrainingSession(
@@ -135,10 +149,10 @@ class SessionChoice(NamedTuple):
         warn_of_statistics(found.plan, module, is_synchronised=strategy.layer_sync)
         return cls(session, found, explain_found(found, module, is_synchronised=strategy.layer_sync))
 
-    def report(self) -> None:
+    def report(self, *, replans: bool) -> None:
         """Have the session log how its steps' time compares with what was foreseen."""
         if self.found is not None and isinstance(self.session, TrainingSession):
-            self.session.report(self.found.outlook)
+            self.session.report(self.found.outlook, replans=replans)
 
 
 def check_session_optimizers(optimizers: list[Optimizer], module: DistillationModule) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.drift import ObservedTimes, find_better
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.program import Kind
+from lightning_pipebd.runtime.agreement import done_by_rank_zero
 from lightning_pipebd.runtime.executor import Span
 from lightning_pipebd.runtime.transport import Transport
 
@@ -28,35 +30,64 @@ _DRIFT = 1.25
 
 
 class StepReport(Callback):
-    """Log after the first epoch what a step took, beside what was predicted.
+    """Log what a step took, beside what was predicted, and look for a better plan where that is too far off.
 
-    Each rank notes when its batches end; validation in between does not count. The paces are exchanged once, at the
-    end of the epoch: the slowest rank's is everybody's.
+    Each rank notes when its batches end; validation in between does not count. The paces are exchanged at the end of
+    the epoch: the slowest rank's is everybody's. That is done in the first epoch with enough steps, or in all of them
+    if the plan may change. Blocks that are trained no longer are a reason to look for a better plan in any epoch.
 
     Args:
         outlook: What was foreseen.
         transport: Reaches the other ranks.
+        module: Knows its frozen blocks.
         listen: Has every action told to somebody, and gives what ends that; `None` where actions cannot be timed.
+        replans: Whether the plan may change between epochs.
+
+    Attributes:
+        step_time_ms: Measured time of a step; `None` before it was measured.
+        better: What is foreseen of a better plan, if the plan may change and there is one; the same on all ranks.
     """
 
     def __init__(
-        self, outlook: Outlook, transport: Transport, listen: Callable[[Listener], Callable[[], None]] | None = None
+        self,
+        outlook: Outlook,
+        transport: Transport,
+        module: BlockwiseDistillationModule,
+        listen: Callable[[Listener], Callable[[], None]] | None = None,
+        *,
+        replans: bool = False,
     ) -> None:
         self._outlook = outlook
         self._transport = transport
+        self._module = module
+        self._replans = replans
         self._end_listening = listen(self._note) if listen is not None else None
         self._durations: defaultdict[tuple[Kind, int, int], list[float]] = defaultdict(list)
         self._stamps: list[float] = []
         self._pause_s = 0.0
         self._pause_start = 0.0
+        # Blocks that are trained no longer: those that were foreseen, those that are known, and those that were not
+        # trained either when this epoch began, or when the times were observed.
+        self._foreseen = self._frozen = self._frozen_early = self._frozen_when_observed = module.frozen_blocks
+        self._observed: ObservedTimes = {}
+        self._is_compared = False
         self.step_time_ms: float | None = None
+        self.better: Outlook | None = None
+
+    def close(self) -> None:
+        """Listen to actions no more."""
+        if self._end_listening is not None:
+            self._end_listening()
+            self._end_listening = None
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the time."""
-        if self.step_time_ms is None:
+        if not self._stamps:
+            self._frozen_early = self._module.frozen_blocks
+        if self._is_measuring or not self._stamps:
             self._stamps.append(time.perf_counter() - self._pause_s)
 
     @override
@@ -71,46 +102,82 @@ class StepReport(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """**Collective** over all ranks, in the first epoch with enough steps: find and log the pace."""
-        if self.step_time_ms is not None:
-            return
+        """**Collective** over all ranks: find and log the pace, and a better plan."""
+        everyone = [_Epoch(*epoch) for epoch in self._transport.all_gather_object(tuple(self._end_epoch()))]
+        frozen = frozenset(block for epoch in everyone for block in epoch.frozen)
+        newly, self._frozen = frozen - self._frozen, frozen
         # Every rank has seen as many batches, so all decide alike.
+        paces = [epoch.pace_ms for epoch in everyone if epoch.pace_ms is not None]
+        if paces:
+            self.step_time_ms = max(paces)
+            self._observed = {
+                (rank, Kind(kind), block, rows): ms
+                for rank, epoch in enumerate(everyone)
+                for (kind, block, rows), ms in epoch.medians.items()
+            }
+            self._frozen_when_observed = frozenset(block for epoch in everyone for block in epoch.frozen_early)
+            if not self._replans:
+                self.close()
+        if paces or newly:
+            self.better = done_by_rank_zero(self._transport, lambda: self._look(bool(paces), newly))
+
+    @property
+    def _is_measuring(self) -> bool:
+        return self._replans or self.step_time_ms is None
+
+    def _end_epoch(self) -> _Epoch:
         stamps, self._stamps = self._stamps, []
         durations, self._durations = self._durations, defaultdict(list)
+        frozen = (self._module.frozen_blocks, self._frozen_early)
         if len(stamps) < _MIN_STEPS:
-            return
-        if self._end_listening is not None:
-            self._end_listening()
+            return _Epoch(None, {}, *frozen)
         half = len(stamps) // 2
-        pace = (stamps[-1] - stamps[half - 1]) / (len(stamps) - half) * 1000
+        pace_ms = (stamps[-1] - stamps[half - 1]) / (len(stamps) - half) * 1000
         medians = {(key[0].value, *key[1:]): statistics.median(values) for key, values in durations.items()}
-        everyone = self._transport.all_gather_object((pace, medians))
-        self.step_time_ms = max(pace for pace, _ in everyone)
-        if self._transport.rank == 0:
-            observed = {
-                (rank, Kind(kind), block, rows): ms
-                for rank, (_, times) in enumerate(everyone)
-                for (kind, block, rows), ms in times.items()
-            }
-            self._report(self.step_time_ms, observed)
+        return _Epoch(pace_ms, medians, *frozen)
 
     def _note(self, span: Span) -> None:
         kind, block, rows = span.action.kind, span.action.index, span.action.rows.num_rows
         if kind in (Kind.TEACH, Kind.LEARN) and rows:
             self._durations[kind, block, rows].append((span.stop_s - span.start_s) * 1000)
 
-    def _report(self, step_time_ms: float, observed: ObservedTimes) -> None:
-        rank_zero_info(compare(self._outlook.step_time_ms, step_time_ms))
-        if self._outlook.choice is None or not has_drifted(self._outlook.step_time_ms, step_time_ms):
-            return
-        found = find_better(self._outlook, observed)
-        if found is not None:
-            present, better = found
-            plan = f'"{format_plan(better.plan)}"' if has_text_form(better.plan) else str(better.plan.to_dict())
-            rank_zero_info(
-                f"With the times of this epoch another plan would take {better.step_time_ms:.4g} ms instead of "
-                f"{present.step_time_ms:.4g} ms. To use it, stop and go on from a checkpoint with `plan={plan}`."
-            )
+    def _look(self, is_measured: bool, newly: frozenset[int]) -> Outlook | None:
+        """Log what was measured; find and tell a better plan, and give it if it may be used."""
+        has_changed = bool(newly)
+        if is_measured and self.step_time_ms is not None and not newly:
+            has_changed = has_drifted(self._outlook.step_time_ms, self.step_time_ms)
+            if not self._is_compared:
+                rank_zero_info(compare(self._outlook.step_time_ms, self.step_time_ms))
+            self._is_compared = True
+        # A plan that the user gave is changed if they asked for that, and not commented otherwise.
+        if not has_changed or (self._outlook.choice is None and not self._replans):
+            return None
+        frozen = self._frozen - self._foreseen
+        found = find_better(self._outlook, self._observed, frozen=frozen, frozen_before=self._frozen_when_observed)
+        if found is None:
+            return None
+        present, better = found
+        why = f"Since block {_list(newly)} is trained no longer" if newly else "With the times of this epoch"
+        plan = f'"{format_plan(better.plan)}"' if has_text_form(better.plan) else str(better.plan.to_dict())
+        way = "The next epoch goes on with" if self._replans else "To use it, stop and go on from a checkpoint with"
+        rank_zero_info(
+            f"{why}, another plan would take {better.step_time_ms:.4g} ms instead of {present.step_time_ms:.4g} ms. "
+            f"{way} `plan={plan}`."
+        )
+        return better if self._replans else None
+
+
+class _Epoch(NamedTuple):
+    """What a rank tells the others of an epoch; without a pace if it was too short, or if none is wanted."""
+
+    pace_ms: float | None
+    medians: dict[tuple[str, int, int], float]
+    frozen: frozenset[int]
+    frozen_early: frozenset[int]
+
+
+def _list(blocks: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(blocks)))
 
 
 def has_drifted(predicted_ms: float, measured_ms: float) -> bool:

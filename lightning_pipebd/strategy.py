@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader
-from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
 from lightning_pipebd.checkpoint import synchronise_models
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
@@ -33,15 +32,17 @@ from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.preflight import check_callbacks, check_schedulers
+from lightning_pipebd.replanning import Replanning
 from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession
 from lightning_pipebd.session_choice import PlanRequest, SessionChoice, check_session_optimizers, require_module
+from lightning_pipebd.signals import give_exit_status, handle_signals_outside_fit
 
 __all__ = ["PipeBDStrategy"]
 
 
-class PipeBDStrategy(CheckedCheckpoints):
+class PipeBDStrategy(Replanning):
     """Train the blocks of a :class:`~lightning_pipebd.BlockwiseDistillationModule` on several devices at once.
 
     .. code-block:: python
@@ -64,6 +65,9 @@ class PipeBDStrategy(CheckedCheckpoints):
             takes what a GPU has free, and on CPU no limit.
         costs: Costs to plan with instead of measuring: the path of a file that ``pipebd plan --save-costs`` wrote, or
             a :class:`~lightning_pipebd.planning.costs.CostTable`.
+        replan: ``"epoch"`` goes on with another plan from epoch to epoch, where steps take other times than was
+            foreseen, or blocks were frozen, and another plan is then faster; the student is that of one process all
+            the same. ``None`` only tells.
         max_in_flight: Steps of boundaries that wait at the receiver, and as many under way to it, at least 1: a rank
             runs ahead of its receiver by up to twice that. More hides more jitter and holds more activations.
         num_micro_batches: Parts of each batch of a TeacherStudentModule along time; ``None`` takes four for each rank,
@@ -90,6 +94,7 @@ class PipeBDStrategy(CheckedCheckpoints):
         exactness: str | None = None,
         memory_limit: str | int | None = None,
         costs: str | CostTable | Measurement | None = None,
+        replan: str | None = None,
         max_in_flight: int = 2,
         num_micro_batches: int | None = None,
         schedule: str = "1f1b",
@@ -108,7 +113,12 @@ class PipeBDStrategy(CheckedCheckpoints):
         self._time_limits = (stall_timeout, timeout)
         self._start_timeout = start_timeout
         finder = PlanFinder(
-            plan, exactness=exactness, memory_limit=memory_limit, costs=costs, max_in_flight=max_in_flight
+            plan,
+            exactness=exactness,
+            memory_limit=memory_limit,
+            costs=costs,
+            max_in_flight=max_in_flight,
+            replan=replan,
         )
         self._request = PlanRequest(finder, PipelineOptions(num_micro_batches, schedule, split_backward))
         self._found: FoundPlan | None = None
@@ -128,7 +138,7 @@ class PipeBDStrategy(CheckedCheckpoints):
         """The plan for the connected module; ``None`` while one is yet to be found."""
         module = require_module(self.lightning_module)
         given = self._request.given_plan(module, self.num_nodes * self.num_processes)
-        return self._found.plan if given is None and self._found is not None else given
+        return given if self._found is None else self._found.plan
 
     @property
     def outlook(self) -> Outlook | None:
@@ -176,6 +186,7 @@ class PipeBDStrategy(CheckedCheckpoints):
         )
         synchronise_models(self._transport, module)
         if not is_fit:
+            handle_signals_outside_fit(trainer)
             self.model_to_device()
             self.setup_precision_plugin()
             return
@@ -194,7 +205,7 @@ class PipeBDStrategy(CheckedCheckpoints):
         # Before the optimizers: `configure_optimizers` may ask for `trainer.estimated_stepping_batches`, which begins
         # to load.
         self._session.begin(trainer, self.sharing_logs, self._assemble_student)
-        choice.report()
+        choice.report(replans=self._request.finder.replans)
         self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         silence_sigterm_broadcast(trainer)
@@ -222,7 +233,9 @@ class PipeBDStrategy(CheckedCheckpoints):
         assert self._transport is not None
         check_loader(dataloader)
         if module.trainer.training:
-            return UnreadLoader(dataloader) if self._session is None else self._session.process_dataloader(dataloader)
+            if self._session is None:
+                return UnreadLoader(dataloader)
+            return self.epochwise(dataloader) if self._request.finder.replans else self.load_by_plan(dataloader)
         if module.trainer.predicting:
             return dataloader
         rank, num_ranks = self._transport.rank, self._transport.num_ranks
@@ -365,6 +378,7 @@ class PipeBDStrategy(CheckedCheckpoints):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        give_exit_status(exception)
         if self._session is not None:
             report_failure(exception, self._session.abandon(exception))
 

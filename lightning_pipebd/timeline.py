@@ -12,15 +12,22 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pipebd.loss_history import LossHistory, merge_losses
+from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.outlook import Outlook
-from lightning_pipebd.planning.program import Kind
+from lightning_pipebd.planning.plan import Plan
+from lightning_pipebd.planning.program import Action, Kind
 from lightning_pipebd.planning.simulate import simulate
 from lightning_pipebd.plots import DrawnSpan, check_plots, draw_timelines, predicted_spans
+from lightning_pipebd.run_report import RunReport
 from lightning_pipebd.runtime.executor import Span
 from lightning_pipebd.session import TrainingSession
 from lightning_pipebd.strategy import PipeBDStrategy
+from lightning_pipebd.trace_summary import summarise
 
 __all__ = ["Timeline"]
+
+_JOBS = (Kind.TEACH.value, Kind.LEARN.value)
 
 
 class _Event(NamedTuple):
@@ -45,10 +52,12 @@ class Timeline(Callback):
         first_step: First step to record; the steps before fill the pipeline.
         num_steps: Steps to record, at least 1.
         plot: Picture to draw as well, the predicted timeline above the measured one; needs matplotlib.
+        report: Page to write as well, HTML or Markdown by its ending: the plan, prediction and measurement side by
+            side, the ranks' time, the relay, the losses of all blocks; needs matplotlib.
 
     Raises:
-        ValueError: A number is too small.
-        ImportError: A picture is wanted, but matplotlib is not installed.
+        ValueError: A number is too small, or the report has another ending.
+        ImportError: A picture or a report is wanted, but matplotlib is not installed.
     """
 
     def __init__(
@@ -58,16 +67,21 @@ class Timeline(Callback):
         first_step: int = 8,
         num_steps: int = 8,
         plot: str | Path | None = None,
+        report: str | Path | None = None,
     ) -> None:
         if first_step < 0 or num_steps < 1:
             raise ValueError(
                 f"`first_step` must not be below 0 and `num_steps` not below 1, but they are {first_step} and "
                 f"{num_steps}. Record at least one step."
             )
-        if plot is not None:
+        if report is not None and Path(report).suffix not in (".html", ".md"):
+            raise ValueError(f"`report` must end in .html or .md, but is {str(report)!r}. Choose one of both.")
+        if plot is not None or report is not None:
             check_plots()
         self._path = Path(path)
         self._plot = None if plot is None else Path(plot)
+        self._report = None if report is None else Path(report)
+        self._losses = LossHistory()
         self._steps = range(first_step, first_step + num_steps)
         self._events: list[_Event] = []
         self._step = 0
@@ -77,7 +91,7 @@ class Timeline(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to this rank's actions."""
         self._end_listening = _session(trainer).observe(self._note)
-        self._events, self._step = [], 0
+        self._events, self._step, self._losses = [], 0, LossHistory()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -92,20 +106,28 @@ class Timeline(Callback):
         if self._update_start and self._step in self._steps:
             self._add(Kind.UPDATE.value, "UPDATE", self._update_start, time.perf_counter())
         self._update_start = 0.0
+        if self._report is not None:
+            self._losses.note(self._step, _session(trainer).losses)
         self._step += 1
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """**Collective** over all ranks: bring all ranks' actions together, and write them."""
         self._end_listening()
-        ranks = _session(trainer).gather([tuple(event) for event in self._events])
+        own = ([tuple(event) for event in self._events], self._losses.points)
+        everyone = _session(trainer).gather(own)
         if not trainer.is_global_zero:
             return
-        events = [[_Event(*event) for event in own] for own in ranks]
+        events = [[_Event(*event) for event in own] for own, _ in everyone]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(_trace(events)), encoding="utf-8")
+        outlook = trainer.strategy.outlook  # type: ignore[attr-defined]  # ours, as `_session` found
+        timelines = self._timelines(events, outlook) if self._plot or self._report else {}
         if self._plot is not None:
-            self._draw(self._plot, events, trainer.strategy.outlook)  # type: ignore[attr-defined]  # ours, as `_session` found
+            draw_timelines(self._plot, timelines)
+        if self._report is not None:
+            losses = merge_losses([points for _, points in everyone])
+            _report(trainer, pl_module, outlook, events, timelines, losses).write(self._report)
         rank_zero_info(f"The timeline of {len(self._steps)} steps is in {self._path}.")
 
     def _note(self, span: Span) -> None:
@@ -117,7 +139,7 @@ class Timeline(Callback):
         offset = time.time() - time.perf_counter()
         self._events.append(_Event(self._step, kind, name, start_s + offset, stop_s + offset))
 
-    def _draw(self, path: Path, ranks: list[list[_Event]], outlook: Outlook | None) -> None:
+    def _timelines(self, ranks: list[list[_Event]], outlook: Outlook | None) -> dict[str, list[DrawnSpan]]:
         timelines = {}
         if outlook is not None:
             simulation = simulate(
@@ -135,7 +157,7 @@ class Timeline(Callback):
             for rank, events in enumerate(ranks)
             for event in events
         ]
-        draw_timelines(path, timelines)
+        return timelines
 
 
 def _session(trainer: Trainer) -> TrainingSession:
@@ -150,6 +172,37 @@ def _session(trainer: Trainer) -> TrainingSession:
             "`Timeline` must watch a BlockwiseDistillationModule, but a whole student is trained. Leave it out."
         )
     return strategy.session
+
+
+def _report(
+    trainer: Trainer,
+    module: LightningModule,
+    outlook: Outlook | None,
+    ranks: list[list[_Event]],
+    timelines: dict[str, list[DrawnSpan]],
+    losses: dict[int, list[tuple[int, float]]],
+) -> RunReport:
+    strategy = trainer.strategy
+    assert isinstance(strategy, PipeBDStrategy)
+    assert isinstance(strategy.plan, Plan)
+    assert isinstance(module, BlockwiseDistillationModule)
+    if outlook is not None:
+        traits, input_bytes = outlook.measurement.traits, outlook.measurement.costs.boundary_bytes_per_row[0]
+    else:
+        example = module.example_input_array
+        traits, input_bytes = tuple(module.block_pairs.traits(example, is_synchronised=strategy.layer_sync)), None
+    rows = [Action.parse(event.name).rows.stop for events in ranks for event in events if event.kind in _JOBS]
+    return RunReport(
+        plan=strategy.plan,
+        traits=traits,
+        num_rows=max(rows, default=0),
+        summary=summarise(_trace(ranks)),
+        timelines=timelines,
+        losses=losses,
+        outlook=outlook,
+        input_bytes_per_row=input_bytes,
+        target_blocks=tuple(module.target_blocks),
+    )
 
 
 def _trace(ranks: list[list[_Event]]) -> dict[str, Any]:

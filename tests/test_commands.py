@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from lightning_pipebd import Candidates
 from lightning_pipebd.cli import COMMANDS, main
 from lightning_pipebd.commands.compare import compare_runs
-from lightning_pipebd.commands.trace import summarise
+from lightning_pipebd.trace_summary import summarise
 from tests.helpers.toy import make_loader, make_module
 
 PLAN = {"class_path": "lightning_pipebd.PipeBDStrategy", "init_args": {"plan": "0-1|2-3"}}
@@ -265,11 +265,13 @@ class TestTrace:
         first = [span(0, step, "TEACH block=0 rows=0:8", 10 * step, 4) for step in (3, 4, 5)]
         second = [span(1, step, "LEARN block=1 rows=0:8", 12 * step, 9) for step in (3, 4, 5)]
         summary = summarise({"traceEvents": [{"ph": "M"}, *first, *second]})
-        assert (summary["steps"], summary["slowest_job"]) == (3, "LEARN block=1")
+        assert (summary["steps"], summary["slowest_block"]) == (3, 1)
         assert summary["step_time_ms"] == pytest.approx(12)
         assert summary["ranks"][0]["teach"] == pytest.approx(4)
         assert summary["ranks"][1]["learn"] == pytest.approx(9)
         assert summary["ranks"][1]["teach"] == 0
+        assert [rank["utilisation"] for rank in summary["ranks"]] == pytest.approx([4 / 12, 9 / 12])
+        assert summary["bubble_fraction"] == pytest.approx(1 - 13 / 24)
 
     @pytest.mark.spawn
     def test_all_ranks_are_recorded(

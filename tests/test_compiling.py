@@ -23,7 +23,7 @@ from tests.helpers.training import assert_same_checkpoint
 # What the compiler imports warns of torch's own deprecations.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 NUM_BLOCKS = 2
-EAGER = {"backend": "eager", "fullgraph": True}
+EAGER: dict[str, Any] = {"backend": "eager", "fullgraph": True}
 
 
 def make_model() -> nn.Sequential:
@@ -56,7 +56,7 @@ class TestOptions:
             Distil({"speed": 11})
 
     def test_another_kind_is_refused(self) -> None:
-        with pytest.raises(TypeError, match="`compile` must be True, False or keyword arguments .* but is 'fast'"):
+        with pytest.raises(TypeError, match=r"`compile` must be True, False or keyword arguments .* but is 'fast'"):
             Distil("fast")  # type: ignore[arg-type]
 
     def test_nothing_is_compiled_unless_asked_for(self) -> None:

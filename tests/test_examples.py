@@ -1,62 +1,74 @@
-"""The examples run as a reader would run them: in processes of their own, from the repository root."""
+"""The examples run as a reader would run them, from the repository root, in a short form."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-# Eight processes import torch and Lightning one after another: on a busy machine that alone takes a minute.
+from tests.helpers.ranks import run_processes
+from tests.helpers.scripts import ROOT, run_script
+
+# On a busy machine a process that has to import torch and Lightning takes half a minute for that alone.
 pytestmark = [pytest.mark.spawn, pytest.mark.slow, pytest.mark.timeout(200)]
 
-ROOT = Path(__file__).parent.parent
+SHORT = {
+    "DIGITS_EPOCHS": "1",
+    "LINEAR_ATTENTION_STEPS": "4",
+    "RESNET_EPOCHS": "1",
+    "RESNET_IMAGES": "200",
+    "OMP_NUM_THREADS": "1",
+}
 
 #: A line of the table: name, accuracy, parameters and, for students, seconds per epoch and the plan.
 _LINE = re.compile(r"(teacher|student, [^%]+?) +(\d+\.\d)% +([\d,]+)(?: +\d+\.\d\ds  (\S+))?")
 
 
-def _run(arguments: list[str], cache: Path) -> str:
-    short = {
-        "DIGITS_EPOCHS": "1",
-        "LINEAR_ATTENTION_STEPS": "4",
-        "RESNET_EPOCHS": "1",
-        "RESNET_IMAGES": "200",
-        "OMP_NUM_THREADS": "1",
-    }
-    caches = {f"{example}_CACHE": str(cache) for example in ("DIGITS", "LINEAR_ATTENTION", "RESNET")}
-    finished = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **short, **caches},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
+def _environment(cache: Path) -> dict[str, str]:
+    return {**SHORT, **{f"{example}_CACHE": str(cache) for example in ("DIGITS", "LINEAR_ATTENTION", "RESNET")}}
 
 
-def test_digits_ends_with_a_table_in_which_pipebd_is_as_accurate_as_one_process(tmp_path: Path) -> None:
-    *_, header, teacher, one, ddp, pipebd = _run(["examples/digits.py"], tmp_path).splitlines()
+def _run(arguments: list[str], cache: Path, num_ranks: int = 1) -> str:
+    return run_script(arguments, _environment(cache), num_ranks=num_ranks)
+
+
+def _compare_rows(rank: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    from examples import digits
+
+    digits.ROWS = [row for row in digits.ROWS if row[1] == "pipebd"]
+    digits.compare()
+
+
+def test_the_demo_starts_its_rows_as_scripts_and_ends_with_a_table(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run_processes(1, _compare_rows, _environment(tmp_path), timeout=180)
+    *_, header, teacher, pipebd = capfd.readouterr().out.splitlines()
     assert header.split() == ["accuracy", "parameters", "epoch", "plan"]
-    rows = [_LINE.fullmatch(line.rstrip()) for line in (teacher, one, ddp, pipebd)]
+    rows = [_LINE.fullmatch(line.rstrip()) for line in (teacher, pipebd)]
     assert [row and (row[1], row[3], row[4]) for row in rows] == [
         ("teacher", "176,194", None),
-        ("student, one process", "28,474", "-"),
-        ("student, Lightning DDP, 2 processes", "28,474", "-"),
         ("student, pipebd, 2 processes", "28,474", "0-1|2-4"),
     ]
-    assert rows[1]
-    assert rows[3]
-    assert rows[1][2] == rows[3][2]
+
+
+def test_digits_gives_under_every_strategy_a_student_that_was_rated(tmp_path: Path) -> None:
+    results = {}
+    for strategy, num_ranks in (("auto", 1), ("ddp", 2), ("pipebd", 2)):
+        report = tmp_path / f"{strategy}.json"
+        _run(["examples/digits.py", strategy, str(num_ranks), str(report)], tmp_path, num_ranks)
+        results[strategy] = json.loads(report.read_text())
+    assert [result["parameters"] for result in results.values()] == [28_474] * 3
+    assert results["auto"]["accuracy"] == pytest.approx(results["pipebd"]["accuracy"], rel=1e-6)
+    assert [result["plan"] for result in results.values()] == ["-", "-", "0-1|2-4"]
 
 
 def test_the_supernet_rates_nine_candidates_and_puts_three_of_them_together(tmp_path: Path) -> None:
-    text = _run(["examples/supernet_nas.py", "--epochs", "1"], tmp_path)
+    text = _run(["examples/supernet_nas.py", "--epochs", "1"], tmp_path, num_ranks=2)
     assert len(re.findall(r"^stage\d +(?:plain|separable|bottleneck) +\d", text, re.MULTILINE)) == 9
     assert text.count("<-- chosen") == 3
     (size,) = re.findall(r"^student: ([\d,]+) parameters", text, re.MULTILINE)
@@ -67,15 +79,15 @@ def test_the_supernet_rates_nine_candidates_and_puts_three_of_them_together(tmp_
 def test_the_digits_config_trains_from_the_command_line_where_no_teacher_is_kept_yet(tmp_path: Path) -> None:
     command = ["-m", "lightning_pipebd", "fit", "--config", "examples/digits.yaml", "--trainer.devices", "2"]
     limits = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "2"]
-    _run([*command, *limits, "--trainer.default_root_dir", str(tmp_path)], tmp_path / "cache")
+    _run([*command, *limits, "--trainer.default_root_dir", str(tmp_path)], tmp_path / "cache", num_ranks=2)
     assert (tmp_path / "cache" / "digits_teacher_1_epochs.pt").exists()
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt"))
 
 
 def test_distilling_logits_gives_the_same_student_in_one_process_and_in_two(tmp_path: Path) -> None:
     one, two = (
-        _run(["examples/distill_logits.py", *arguments], tmp_path).splitlines()[-2:]
-        for arguments in ([], ["pipebd", "2"])
+        _run(["examples/distill_logits.py", *arguments], tmp_path, num_ranks).splitlines()[-2:]
+        for num_ranks, arguments in ((1, []), (2, ["pipebd", "2"]))
     )
     assert [re.sub(r"[\d.]+%", "", line) for line in one] == [
         "teacher    38,922 parameters",
@@ -86,7 +98,8 @@ def test_distilling_logits_gives_the_same_student_in_one_process_and_in_two(tmp_
 
 def test_byol_learns_the_same_features_in_one_process_and_in_two(tmp_path: Path) -> None:
     one, two = (
-        _run(["examples/byol.py", "1", *arguments], tmp_path).splitlines()[-1] for arguments in ([], ["pipebd", "2"])
+        _run(["examples/byol.py", "1", *arguments], tmp_path, num_ranks).splitlines()[-1]
+        for num_ranks, arguments in ((1, []), (2, ["pipebd", "2"]))
     )
     assert re.fullmatch(r"delay 1  linear probe \d+\.\d%  loss \d\.\d+  momentum 0\.9\d+", one)
     assert one == two
@@ -99,14 +112,14 @@ def _rates(metric: str, output: str) -> list[float]:
 
 def test_minimal_fits_on_a_screen_and_its_student_knows_the_digits(tmp_path: Path) -> None:
     assert len((ROOT / "examples/minimal.py").read_text().splitlines()) <= 60
-    output = _run(["examples/minimal.py"], tmp_path)
+    output = _run(["examples/minimal.py"], tmp_path, num_ranks=2)
     (student,), (teacher,) = _rates("student accuracy", output), _rates("teacher accuracy", output)
     assert teacher > 0.85
     assert student > teacher - 0.05
 
 
 def test_linear_attention_ends_with_the_losses_of_teacher_and_student(tmp_path: Path) -> None:
-    *_, header, teacher, before, after = _run(["examples/linear_attention.py"], tmp_path).splitlines()
+    *_, header, teacher, before, after = _run(["examples/linear_attention.py"], tmp_path, num_ranks=2).splitlines()
     assert header.split() == ["held-out", "files", "loss", "per", "byte", "perplexity"]
     rows = [re.fullmatch(r"(.+?) +(\d\.\d{3}) +\d+\.\d\d", line) for line in (teacher, before, after)]
     assert [row and row[1] for row in rows] == [
@@ -119,7 +132,9 @@ def test_linear_attention_ends_with_the_losses_of_teacher_and_student(tmp_path: 
 
 
 def test_resnet_to_mobilenet_ends_with_accuracies_and_sizes(tmp_path: Path) -> None:
-    *_, header, teacher, joined, tuned, alone = _run(["examples/resnet_to_mobilenet.py"], tmp_path).splitlines()
+    *_, header, teacher, joined, tuned, alone = _run(
+        ["examples/resnet_to_mobilenet.py"], tmp_path, num_ranks=2
+    ).splitlines()
     assert header.split() == ["held-out", "digits", "accuracy", "parameters"]
     rows = [re.fullmatch(r"(.+?) +\d+\.\d% +([\d,]+)", line) for line in (teacher, joined, tuned, alone)]
     assert [row and row.groups() for row in rows] == [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import signal
 from inspect import getsource, signature
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 
 import lightning_pipebd.lightning_internals as internals
 from lightning_pipebd.lightning_internals import (
     StagedBatch,
     StagedBatchModule,
     add_callback,
+    redirect_signals,
     remove_callback,
     request_train_loader,
+    set_terminated,
     silence_sigterm_broadcast,
     user_callbacks,
     validates_by_time,
@@ -39,6 +43,9 @@ FUNCTIONS: list[tuple[Any, list[str]]] = [
     (_SubprocessScriptLauncher.__init__, ["self", "cluster_environment", "num_processes", "num_nodes"]),
     (_SubprocessScriptLauncher.launch, ["self", "function", "args", "trainer", "kwargs"]),
     (_SubprocessScriptLauncher._call_children_scripts, ["self"]),
+    (_SubprocessScriptLauncher.kill, ["self", "signum"]),
+    (_SignalConnector._slurm_sigusr_handler_fn, ["self", "signum"]),
+    (_SignalConnector._sigterm_notifier_fn, ["self", "signum"]),
     (_FitLoop._should_accumulate, ["self"]),
     (LightningModule._on_before_batch_transfer, ["self", "batch", "dataloader_idx"]),
     (ParallelStrategy._configure_launcher, ["self"]),
@@ -118,10 +125,33 @@ def test_the_broadcast_is_switched_off_for_one_trainer_alone(monkeypatch: pytest
     assert calls == [0]
 
 
+def test_signals_are_noted_where_lightning_would_wait_for_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "job", "SLURM_PROCID": "0"}
+    for name, value in {**environment, "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    trainer = Trainer(accelerator="cpu", logger=False, devices=1)
+    noted: list[object] = []
+    redirect_signals(trainer, lambda: noted.append("terminate"), noted.append)
+    connector = trainer._signal_connector
+    connector.register_signal_handlers()
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+    finally:
+        connector.teardown()
+    assert noted == ["terminate", signal.SIGUSR1]
+    assert not trainer.received_sigterm
+    set_terminated(trainer)
+    assert trainer.received_sigterm
+
+
 def test_a_callback_is_put_before_the_users_and_taken_away_again() -> None:
     timer, ours = Timer("00:01:00:00"), ModelCheckpoint()
     trainer = Trainer(accelerator="cpu", logger=False, callbacks=[timer], enable_checkpointing=False)
     before = user_callbacks(trainer)
+    add_callback(trainer, ours, is_last=True)
+    assert user_callbacks(trainer) == [*before, ours]
+    remove_callback(trainer, ours)
     add_callback(trainer, ours)
     assert user_callbacks(trainer) == [ours, *before]
     remove_callback(trainer, ours)

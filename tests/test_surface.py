@@ -35,6 +35,7 @@ PARAMETERS = {
         "*, exactness=None",
         "memory_limit=None",
         "costs=None",
+        "replan=None",
         "max_in_flight=2",
         "num_micro_batches=None",
         "schedule=1f1b",
@@ -60,7 +61,7 @@ PARAMETERS = {
         "views=False",
         "full_batch_loss=False",
     ],
-    Timeline: ["path=timeline.json", "*, first_step=8", "num_steps=8", "plot=None"],
+    Timeline: ["path=timeline.json", "*, first_step=8", "num_steps=8", "plot=None", "report=None"],
     BlockwiseDistillationModule: [
         "teacher",
         "student",

@@ -2,14 +2,14 @@
 
     python benchmarks/automatic_plan/main.py
 
-Three models on two ranks, one thread each; all variants interleaved in one run, because a machine's speed drifts. The
-straight and hybrid plans are the best ones for the costs that the first automatic run has measured.
+Three models on two ranks, one thread each. One pair of processes runs all variants of a model, interleaved, because a
+machine's speed drifts. Every round measures the blocks anew and finds a plan anew; the straight, hybrid and half-cut
+plans are the best ones for the costs that the first round has measured, and all predictions are made of these.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -17,18 +17,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, save_plan
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Plan, format_plan
+from lightning_pipebd.planning.families import Family
+from lightning_pipebd.planning.outlook import Outlook
 
 BATCH_SIZE = 64
 NUM_RANKS = 2
-VARIANTS = ("automatic", "one process", "joint", "straight", "hybrid")
+FAMILIES = (Family.STRAIGHT, Family.JOINT, Family.HYBRID, Family.HALF_CUT)
 
 
 def convolutional(width: int, *, has_norm: bool) -> nn.Module:
@@ -96,18 +99,23 @@ class Times(Callback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def train(model: str, variant: str, num_batches: int, folder: str) -> None:
-    """One run, as a user would start it."""
+class Result(NamedTuple):
+    """One fit: its time per batch, the plan, and the plan's family if it was found."""
+
+    ms: float
+    plan: str
+    family: str = ""
+
+
+def fit(model: str, strategy: Any, num_batches: int) -> float:
+    """Train, as a user would; give ms per batch without the first epoch, which warms up and fills the pipeline."""
     seed_everything(0, verbose=False)
-    plans = {"automatic": None, "joint": "joint"}
-    is_alone = variant == "one process"
-    strategy: Any = "auto" if is_alone else PipeBDStrategy(plan=plans.get(variant, f"{folder}/{variant}.yaml"))
     times = Times()
     trainer = Trainer(
         accelerator="cpu",
-        devices=1 if is_alone else NUM_RANKS,
+        devices=1 if strategy == "auto" else NUM_RANKS,
         strategy=strategy,
-        max_epochs=4,
+        max_epochs=2,
         callbacks=[times],
         logger=False,
         enable_checkpointing=False,
@@ -116,29 +124,66 @@ def train(model: str, variant: str, num_batches: int, folder: str) -> None:
     )
     data = TensorDataset(torch.randn(BATCH_SIZE * num_batches, *MODELS[model][2]))
     trainer.fit(Distil(model), DataLoader(data, batch_size=BATCH_SIZE))
-    if not trainer.is_global_zero:
-        return
-    if variant == "automatic" and strategy.outlook is not None and strategy.outlook.choice is not None:
-        for candidate in strategy.outlook.choice.alternatives:
-            save_plan(candidate.plan, f"{folder}/{candidate.family}.yaml")
-    # The first epoch warms up allocators and fills the pipeline.
-    result = {"ms": statistics.median(times.seconds[1:]) / num_batches * 1000, "plan": ""}
-    if not is_alone and strategy.outlook is not None:
-        result["plan"] = str(strategy.outlook.choice.family if strategy.outlook.choice else "")
-    Path(f"{folder}/report.json").write_text(json.dumps(result))
+    return times.seconds[-1] / num_batches * 1000
 
 
-def run(model: str, variant: str, num_batches: int, folder: str) -> tuple[float, str]:
-    """Start one run with one thread per process."""
-    command = [sys.executable, __file__, "--run", model, variant, str(num_batches), folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PIPEBD_CACHE": "", "PYTHONWARNINGS": "ignore"}
-    subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    result = json.loads(Path(f"{folder}/report.json").read_text())
-    return float(result["ms"]), str(result["plan"])
+class Rounds:
+    """All variants of a model in turn, on every rank of one pair of processes."""
+
+    def __init__(self, model: str, num_batches: int) -> None:
+        self.model = model
+        self.num_batches = num_batches
+        self.found: dict[str, list[Result]] = {}
+        self.predicted: dict[str, float] = {}
+        self.others: dict[str, Plan] = {}
+
+    def run(self) -> None:
+        """Run every variant once."""
+        outlook = self._automatic()
+        if not self.others:
+            assert outlook.choice is not None
+            chosen = {candidate.family: candidate for candidate in outlook.choice.alternatives}
+            self.others = {str(family): chosen[family].plan for family in FAMILIES if family in chosen}
+            self.predicted = {str(family): chosen[family].step_time_ms for family in FAMILIES if family in chosen}
+            self.predicted |= {"automatic": outlook.step_time_ms}
+            if Family.SINGLE in chosen:
+                self.predicted["one process"] = chosen[Family.SINGLE].step_time_ms
+        if int(os.environ["LOCAL_RANK"]) == 0:
+            self._note("one process", Result(fit(self.model, "auto", self.num_batches), "-"))
+        torch.distributed.barrier()
+        for name, plan in self.others.items():
+            ms = fit(self.model, PipeBDStrategy(plan), self.num_batches)
+            self._note(name, Result(ms, format_plan(plan)))
+
+    def _automatic(self) -> Outlook:
+        strategy = PipeBDStrategy()
+        ms = fit(self.model, strategy, self.num_batches)
+        outlook = strategy.outlook
+        assert outlook is not None
+        assert outlook.choice is not None
+        self._note("automatic", Result(ms, format_plan(outlook.plan), str(outlook.choice.family)))
+        return outlook
+
+    def _note(self, variant: str, result: Result) -> None:
+        self.found.setdefault(variant, []).append(result)
+
+
+def table(rounds: Rounds) -> str:
+    """Write the results as a Markdown table."""
+    medians = {name: statistics.median(result.ms for result in results) for name, results in rounds.found.items()}
+    best = min(ms for name, ms in medians.items() if name != "automatic")
+    lines = ["| variant | ms per batch, median (all) | predicted ms | best of the others / this | plan |"]
+    lines.append("|---|---|---|---|---|")
+    for name, results in rounds.found.items():
+        spread = f"{min(result.ms for result in results):.1f}-{max(result.ms for result in results):.1f}"
+        plans = sorted({f"`{result.plan}`" + (f" ({result.family})" * bool(result.family)) for result in results})
+        cells = [name, f"{medians[name]:.1f} ({spread})", f"{rounds.predicted.get(name, float('nan')):.1f}"]
+        lines.append(f"| {' | '.join(cells)} | {best / medians[name]:.2f} | {', '.join(plans)} |".replace("|-", "\\|-"))
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Interleave all variants of a model, and print medians."""
+    """Start a pair of processes per model, and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=16)
@@ -146,28 +191,22 @@ def main() -> None:
     parser.add_argument("--run", nargs=4, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.run:
-        model, variant, num_batches, folder = arguments.run
-        train(model, variant, int(num_batches), folder)
+        model, repeats, num_batches, report = arguments.run
+        rounds = Rounds(model, int(num_batches))
+        for _ in range(int(repeats)):
+            rounds.run()
+        if int(os.environ["LOCAL_RANK"]) == 0:
+            Path(report).write_text(table(rounds))
         return
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PIPEBD_CACHE": "", "PYTHONWARNINGS": "ignore"}
     for model in arguments.models:
         with tempfile.TemporaryDirectory() as folder:
-            found: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-            chosen: list[str] = []
-            for _ in range(arguments.repeats):
-                for variant, times in found.items():
-                    # A family without a plan of its own (it is another's, or would change statistics) is left out.
-                    if variant in ("straight", "hybrid") and not Path(f"{folder}/{variant}.yaml").exists():
-                        continue
-                    ms, plan = run(model, variant, arguments.batches, folder)
-                    times.append(ms)
-                    chosen += [plan] if variant == "automatic" else []
-            medians = {variant: statistics.median(times) for variant, times in found.items() if times}
-            best = min(ms for variant, ms in medians.items() if variant != "automatic")
-            sys.stdout.write(f"\n{model}: ms per batch of {BATCH_SIZE}, median of {arguments.repeats}; ")
-            sys.stdout.write(f"chosen: {', '.join(sorted(set(chosen)))}\n")
-            for variant, ms in medians.items():
-                spread = f"({min(found[variant]):.1f}-{max(found[variant]):.1f})"
-                sys.stdout.write(f"{variant:14}{ms:9.1f} {spread:18} best of the others / this {best / ms:5.2f}\n")
+            report = f"{folder}/report.md"
+            command = [sys.executable, __file__, "--run", model, str(arguments.repeats), str(arguments.batches), report]
+            subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            sys.stdout.write(f"\n{model}, batches of {BATCH_SIZE}, {arguments.repeats} rounds\n\n")
+            sys.stdout.write(Path(report).read_text() + "\n")
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Utilisation of the real runtime when blocks only sleep: how well do schedules of a whole student fill the ranks?
 
-    python benchmarks/end_to_end/main.py --ranks 4 8
+    python -m benchmarks.end_to_end.main --ranks 4 8
 
 Every rank has one block of each model. The student's forward of a batch sleeps 80 ms, its backward twice that, the
 teacher's forward ``--ratio`` times that; a micro-batch sleeps its part. Compute needs no core, so eight ranks run on
@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from benchmarks.shared.sleeping import Sleep, sleep
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import PipelineProgram, Stream
@@ -40,31 +41,7 @@ from lightning_pipebd.runtime.transport import ProcessGroupTransport
 FORWARD_S = 0.080
 NUM_STEPS = 10
 WIDTH = 1024
-OVERSLEEP_S = 0.0005
 VARIANTS = ("1f1b", "teacher-first", "released")
-
-
-def sleep(seconds: float) -> None:
-    """Sleep exactly: the system wakes a sleeper some 0.2 ms late, which is no work of the block's."""
-    stop = time.perf_counter() + seconds
-    time.sleep(max(0.0, seconds - OVERSLEEP_S))
-    while time.perf_counter() < stop:
-        pass
-
-
-class Sleep(torch.autograd.Function):
-    """Sleeps in the forward pass, and twice as long in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, seconds: float) -> Tensor:
-        ctx.seconds = seconds
-        sleep(seconds)
-        return x * scale
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        sleep(2 * ctx.seconds)
-        return gradient, gradient.sum().reshape(1), None
 
 
 class SleepingJobs:

@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 #: The families whose plans are also plans of a family.
 CONTAINED = {
-    Family.JOINT: list(Family)[1:2],
-    Family.STRAIGHT: [Family.SINGLE, Family.STRAIGHT],
+    Family.STRAIGHT: list(Family)[:2],
+    Family.JOINT: [Family.JOINT],
     Family.HYBRID: list(Family)[:4],
     Family.HALF_CUT: list(Family)[:5],
     Family.SCATTERED: [Family.SINGLE, Family.STRAIGHT, Family.SCATTERED],

@@ -1,6 +1,6 @@
 """Predicted against measured step times: is the simulator's number what the real runtime takes?
 
-    python benchmarks/simulated_vs_real/main.py
+    python -m benchmarks.simulated_vs_real.main
 
 Two ranks compute for real; four and eight ranks sleep instead of computing, so that they need no cores. Everything else
 is real: processes, transport, Lightning's loop. Each plan is measured and predicted in one run: the costs are those
@@ -16,16 +16,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.shared.sleeping import SleepingBlock
 from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
+from lightning_pipebd.planning.curve import Curve
 
 BATCH_SIZE = 64
 WIDTH = 1024  # 64 rows of 1024 floats: 256 KiB
@@ -65,41 +65,11 @@ CASES: dict[str, tuple[int, dict[str, str]]] = {
 }
 
 
-class Sleep(torch.autograd.Function):
-    """Sleeps in the forward pass, and twice as long in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, ms_per_row: float) -> Tensor:
-        """Sleep for every row."""
-        ctx.seconds = ms_per_row * len(x) / 1000
-        time.sleep(ctx.seconds)
-        return x * scale
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
-        """Sleep twice as long."""
-        time.sleep(2 * ctx.seconds)
-        return None, gradient.sum().reshape(1), None
-
-
-class SleepingBlock(nn.Module):
-    """Computes next to nothing, slowly: a time per row and a little per call."""
-
-    def __init__(self, ms_per_row: float) -> None:
-        super().__init__()
-        self.ms_per_row = ms_per_row
-        self.scale = nn.Parameter(torch.ones(1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        time.sleep(0.001)
-        return Sleep.apply(x, self.scale, self.ms_per_row)
-
-
 def sleeping(num_blocks: int) -> tuple[nn.Module, nn.Module, list[str]]:
     """Teacher and student whose blocks differ by a factor of two."""
     times = [0.15 * (1 + block % 3 / 2) for block in range(num_blocks)]
-    teacher = nn.Sequential(*(SleepingBlock(ms) for ms in times))
-    student = nn.Sequential(*(SleepingBlock(ms) for ms in times))
+    teacher = nn.Sequential(*(SleepingBlock(Curve.affine(1, ms)) for ms in times))
+    student = nn.Sequential(*(SleepingBlock(Curve.affine(1, ms)) for ms in times))
     return teacher, student, [str(block) for block in range(num_blocks)]
 
 
@@ -162,7 +132,7 @@ def train(workload: str, family: str, report: str) -> None:
 def run(workload: str, family: str, folder: str) -> tuple[float, float]:
     """Start one run with one thread per process and nothing in the cache; give predicted and measured ms."""
     report = f"{folder}/report.json"
-    command = [sys.executable, __file__, "--run", workload, family, report]
+    command = [sys.executable, "-m", "benchmarks.simulated_vs_real.main", "--run", workload, family, report]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PIPEBD_CACHE": "", "PYTHONWARNINGS": "ignore"}
     subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     predicted, measured = json.loads(Path(report).read_text())

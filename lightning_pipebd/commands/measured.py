@@ -12,7 +12,8 @@ from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
 
 from lightning_pipebd.cost_tables import MeasurementCache
-from lightning_pipebd.measuring import Bench, Machine, measure_module
+from lightning_pipebd.machines import Machine
+from lightning_pipebd.measuring import Bench, measure_module
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.preflight import require_module
 from lightning_pipebd.runtime.local_transport import LocalWorld

@@ -6,19 +6,20 @@ import argparse
 import json
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning_pipebd.commands.short_fit import FitError, add_fit_options, pipebd_arguments, short_fit
 from lightning_pipebd.commands.text import format_columns
+from lightning_pipebd.trace_summary import KINDS, summarise
 
-__all__ = ["run", "summarise"]
+__all__ = ["run"]
 
 _DESCRIPTION = """\
 Train some steps under the plan, record what every rank does in the last of them, and write it as a file for
-chrome://tracing or https://ui.perfetto.dev, and as a picture if asked. Prints how the ranks spent their time.
+chrome://tracing or https://ui.perfetto.dev, and as a picture and a report of one page if asked. Prints how the ranks
+spent their time.
 
 exit codes: 0 written, 2 the run failed
 """
@@ -26,8 +27,8 @@ _EPILOG = """\
 examples:
   pipebd trace --config examples/digits.yaml
   pipebd trace --config config.yaml --devices 4 --plan "0-1|2|3-4|5" --output timeline.json --plot timeline.svg
+  pipebd trace --config examples/digits.yaml --steps 60 --report run.html
 """
-_KINDS = ("LOAD", "RECV", "TEACH", "LEARN", "SEND", "REDUCE", "UPDATE")
 _MAX_RECORDED = 8
 
 
@@ -42,6 +43,7 @@ def run(arguments: Sequence[str]) -> int:
     add_fit_options(parser, steps=24)
     parser.add_argument("--output", type=Path, default=Path("timeline.json"), help="default timeline.json")
     parser.add_argument("--plot", type=Path, help="draw a picture as well (.svg or .png)")
+    parser.add_argument("--report", type=Path, help="write a report of one page as well (.html or .md)")
     options = parser.parse_args(list(arguments))
     recorded = min(_MAX_RECORDED, max(1, options.steps // 3))
     callback = {
@@ -51,6 +53,7 @@ def run(arguments: Sequence[str]) -> int:
             "first_step": options.steps - recorded,
             "num_steps": recorded,
             "plot": None if options.plot is None else str(options.plot.resolve()),
+            "report": None if options.report is None else str(options.report.resolve()),
         },
     }
     try:
@@ -64,57 +67,17 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def summarise(trace: dict[str, Any]) -> dict[str, Any]:
-    """Say how long a step took, and how long each rank spent with each kind of action in it, in ms.
-
-    Args:
-        trace: What :class:`~lightning_pipebd.timeline.Timeline` wrote.
-    """
-    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    steps: defaultdict[int, set[int]] = defaultdict(set)
-    totals: defaultdict[tuple[int, str], float] = defaultdict(float)
-    blocks: defaultdict[str, float] = defaultdict(float)
-    for span in spans:
-        steps[span["pid"]].add(span["args"]["step"])
-        totals[span["pid"], span["cat"]] += span["dur"] / 1000
-        if span["cat"] in ("TEACH", "LEARN"):
-            blocks[" ".join(span["name"].split()[:2])] += span["dur"] / 1000
-    num_steps = max((len(own) for own in steps.values()), default=1)
-    paces = {rank: _pace([span for span in spans if span["pid"] == rank]) for rank in sorted(steps)}
-    return {
-        "steps": num_steps,
-        "step_time_ms": max(paces.values(), default=0.0),
-        "ranks": [
-            {"rank": rank} | {kind.lower(): totals[rank, kind] / num_steps for kind in _KINDS} for rank in sorted(steps)
-        ],
-        "slowest_job": max(blocks, key=lambda name: blocks[name], default=""),
-    }
-
-
-def _pace(spans: Sequence[Mapping[str, Any]]) -> float:
-    """Give the time from a step's first action to the next step's, in ms."""
-    starts: dict[int, float] = {}
-    for span in spans:
-        step = span["args"]["step"]
-        starts[step] = min(span["ts"], starts.get(step, span["ts"]))
-    if len(starts) < 2:
-        stop: float = max(span["ts"] + span["dur"] for span in spans)
-        return (stop - min(starts.values())) / 1000
-    return (max(starts.values()) - min(starts.values())) / (len(starts) - 1) / 1000
-
-
 def _describe(summary: dict[str, Any], options: argparse.Namespace) -> str:
-    rows = [["ms per step", *(kind.lower() for kind in _KINDS), "other", "busy"]]
+    rows = [["ms per step", *(kind.lower() for kind in KINDS), "other", "busy"]]
     step_ms = summary["step_time_ms"]
     for found in summary["ranks"]:
-        times = [found[kind.lower()] for kind in _KINDS]
-        busy = found["teach"] + found["learn"] + found["update"] + found["load"]
-        other = max(0.0, step_ms - sum(times))
-        cells = [f"{time:.2f}" for time in (*times, other)]
-        rows.append([f"rank {found['rank']}", *cells, f"{busy / step_ms:.0%}" if step_ms else "-"])
+        times = [found[kind.lower()] for kind in KINDS]
+        cells = [f"{time:.2f}" for time in (*times, max(0.0, step_ms - sum(times)))]
+        rows.append([f"rank {found['rank']}", *cells, f"{found['utilisation']:.0%}"])
     lines = [
-        f"{step_ms:.2f} ms per step over {summary['steps']} steps; the job with most time is {summary['slowest_job']}",
+        f"{step_ms:.2f} ms per step over {summary['steps']} steps; the slowest block is {summary['slowest_block']}",
         format_columns(rows),
         f"{options.output}: open it in chrome://tracing or https://ui.perfetto.dev",
+        *([f"{options.report}: the run on one page"] if options.report else []),
     ]
     return "\n".join(lines) + "\n"

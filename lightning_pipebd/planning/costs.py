@@ -222,7 +222,9 @@ class CostTable:
         same_node: Cost of links between ranks of one node.
         other_node: Cost of links between ranks of different nodes.
         overheads: Time per step and action besides the measured times.
-        noise: Relative uncertainty of the times; smaller gains are no reason to choose a less simple plan.
+        noise: Relative uncertainty of a single time of this table: by so much another measurement may differ.
+        model_error: Relative error of predicted step times that would be left if all times were exact: caches and
+            memory that ranks share, threads that go astray.
 
     Raises:
         CostError: Numbers of blocks differ, a class of devices is there twice, or a number is impossible.
@@ -249,6 +251,7 @@ class CostTable:
     other_node: LinkCost = LinkCost()
     overheads: Overheads = Overheads()
     noise: float = 0.0
+    model_error: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("blocks", "devices", "boundary_bytes_per_row"):
@@ -274,6 +277,7 @@ class CostTable:
             _check_amount(f"boundary_bytes_per_row[{boundary}]", size)
         _check_amount("target_bytes_per_row", self.target_bytes_per_row)
         _check_fraction("noise", self.noise)
+        _check_fraction("model_error", self.model_error)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CostTable:

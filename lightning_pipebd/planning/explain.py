@@ -13,7 +13,7 @@ from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.program import TARGETS
 from lightning_pipebd.planning.quantities import format_bytes
-from lightning_pipebd.planning.routing import route
+from lightning_pipebd.planning.routing import moved_rows
 from lightning_pipebd.planning.table import align_columns
 
 __all__ = ["BlockTraits", "Exactness", "ExactnessReason", "exactness_of", "exactness_reasons", "explain_plan"]
@@ -222,11 +222,8 @@ def _relay_lines(
 ) -> Iterator[str]:
     # In a batch of this many rows every cut falls between two rows, so rows are exact shares.
     exact_rows = lcm(*(share.denominator for shares in plan.teacher + plan.student for _, share in shares))
-    moved: dict[tuple[int, int, int], int] = {}
-    for message in route(plan, num_rows or exact_rows, target_blocks=target_blocks):
-        link = (message.sender, message.receiver, message.boundary)
-        moved[link] = moved.get(link, 0) + message.rows.num_rows
-    for (sender, receiver, boundary), rows in sorted(moved.items()):
+    moved = moved_rows(plan, num_rows or exact_rows, target_blocks=target_blocks)
+    for (sender, receiver, boundary), rows in moved.items():
         name = "targets" if boundary == TARGETS else f"boundary {boundary}"
         size = sizes.get(boundary)
         if num_rows is None:

@@ -26,14 +26,15 @@ _MAX_STAGES = 6_000_000
 class Family(str, Enum):
     """Kinds of plans, the simplest first.
 
-    `single`: everything on one rank. `joint`: every job on all ranks. `straight`: consecutive blocks on one rank each.
-    `hybrid`: consecutive blocks on a stage of ranks. `half cut`: a stage may end between a block's teacher and its
-    student. `scattered`: every job on any one rank. `fractional`: neighbouring stages may share the rows of a job.
+    `single`: everything on one rank. `straight`: consecutive blocks on one rank each. `joint`: every job on all ranks,
+    which divides all rows and adds up all gradients. `hybrid`: consecutive blocks on a stage of ranks. `half cut`: a
+    stage may end between a block's teacher and its student. `scattered`: every job on any one rank. `fractional`:
+    neighbouring stages may share the rows of a job.
     """
 
     SINGLE = "single"
-    JOINT = "joint"
     STRAIGHT = "straight"
+    JOINT = "joint"
     HYBRID = "hybrid"
     HALF_CUT = "half cut"
     SCATTERED = "scattered"
@@ -104,8 +105,8 @@ class Families:
         if self._num_ranks == 1:
             self.skipped += [(family, "there is one rank") for family in list(Family)[1:5]]
             return
-        self._add_joint(borders)
         self._add_stages(Family.STRAIGHT, search_stages(borders, self.judge.cluster, max_replicas=1))
+        self._add_joint(borders)
         if self.divides_rows:
             self._add_stages(Family.HYBRID, self.search(borders))
         else:

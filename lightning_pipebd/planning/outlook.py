@@ -20,8 +20,8 @@ from lightning_pipebd.planning.table import align_columns
 __all__ = ["Outlook", "check_exactness"]
 
 _COMPARED = {
-    Family.JOINT: "joint, all blocks on every rank",
     Family.STRAIGHT: "straight, whole blocks in a row",
+    Family.JOINT: "joint, all blocks on every rank",
     Family.SINGLE: "one device",
 }
 

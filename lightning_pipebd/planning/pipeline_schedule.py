@@ -69,11 +69,13 @@ class Durations:
 
     Args:
         teacher: For every teacher block its forward.
-        student: For every student block its forward; backward takes twice that.
+        student: For every student block its forward.
+        backward: For every student block its backward; twice the forward where nothing is said.
     """
 
     teacher: tuple[float, ...]
     student: tuple[float, ...]
+    backward: tuple[float, ...] = ()
 
 
 class Task(NamedTuple):
@@ -181,6 +183,8 @@ class _Clock:
         self.num_spare = 0 if schedule is Schedule.TEACHER_FIRST else _NUM_SPARE
         self.teach_ms = [sum(durations.teacher[block] for block in stage.blocks) for stage in self.teacher]
         self.forward_ms = [sum(durations.student[block] for block in stage.blocks) for stage in self.student]
+        backward = durations.backward or [2 * forward for forward in durations.student]
+        self.backward_ms = [sum(backward[block] for block in stage.blocks) for stage in self.student]
         self.ranks = [_Rank() for _ in range(plan.num_ranks)]
         self.done: dict[_Key, float] = {}
         self.num_backward: dict[tuple[int, int], int] = {}
@@ -287,11 +291,19 @@ class _Clock:
         if queue.unit == queue.num_units:
             rank.queues.remove(queue)
             self._begin_step(number)
-        for other in range(len(self.ranks)):
+        for other in self._concerned(number, queue):
             heappush(self.events, (end, other))
+
+    def _concerned(self, number: int, queue: _Queue) -> set[int]:
+        """Give the ranks that may begin something when a task of this queue is over."""
+        stages = self.teacher if queue.phase is Phase.TEACH else self.student
+        near = {stages[stage].rank for stage in (queue.stage - 1, queue.stage + 1) if 0 <= stage < len(stages)}
+        return near | {number, self.student[-1].rank}
 
     def _duration_ms(self, queue: _Queue) -> float:
         if queue.phase is Phase.TEACH:
             return self.teach_ms[queue.stage] / queue.num_units
-        forward = self.forward_ms[queue.stage] / queue.num_units
-        return forward * (2 if queue.phase is Phase.BACKWARD and not self.splits_backward else 1)
+        if queue.phase is Phase.FORWARD:
+            return self.forward_ms[queue.stage] / queue.num_units
+        backward = self.backward_ms[queue.stage] / queue.num_units
+        return backward / 2 if self.splits_backward else backward

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
+from lightning_pipebd.planning.costs import LinkCost
 from lightning_pipebd.planning.event_loop import run_timetable
 from lightning_pipebd.planning.operations import Channel, Operation, OperationKind, Timetable
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, write_programs
@@ -25,21 +26,47 @@ class PipelineCosts:
         teach_ms: For every teacher block.
         forward_ms: For every student block.
         backward_ms: For every student block; half of it are the gradients of the weights, where they are split off.
-        update_ms: For every student block, the optimizer step.
-        message_ms: What each message takes on its way; the rank's own thread goes on meanwhile.
+        loss_ms: The loss and its gradient by the student's output.
+        update_ms: For every student block, the optimizer step; nothing where nothing is said.
+        follow_ms: For every block of a momentum teacher, its following; nothing where nothing is said.
+        step_ms: What every rank takes between two steps.
+        load_ms: Loading, as far as it occupies the loading rank's own thread.
+        background_load_ms: Loading beside it.
+        stream_bytes: What each stream has at each place (block or boundary) for a whole batch; the rest is free.
+        links: What messages cost within a node, and between nodes.
+        node: Number of each rank's node; empty for one node.
     """
 
     teach_ms: tuple[float, ...]
     forward_ms: tuple[float, ...]
     backward_ms: tuple[float, ...]
+    loss_ms: float = 0.0
     update_ms: tuple[float, ...] = ()
-    message_ms: float = 0.0
+    follow_ms: tuple[float, ...] = ()
+    step_ms: float = 0.0
+    load_ms: float = 0.0
+    background_load_ms: float = 0.0
+    stream_bytes: Mapping[Stream, Sequence[float]] = field(default_factory=dict)
+    links: tuple[LinkCost, LinkCost] = (LinkCost(), LinkCost())
+    node: tuple[int, ...] = ()
 
     @classmethod
     def equal(cls, num_blocks: int, teacher_ratio: float) -> PipelineCosts:
         """Blocks of one length: forward 1 ms, backward 2 ms, and the teacher's forward `teacher_ratio` ms."""
         ones = (1.0,) * num_blocks
         return cls(teach_ms=(teacher_ratio,) * num_blocks, forward_ms=ones, backward_ms=(2.0,) * num_blocks)
+
+    def link(self, sender: int, receiver: int) -> LinkCost:
+        """Give the cost of the link between two ranks."""
+        is_near = not self.node or self.node[sender] == self.node[receiver]
+        return self.links[0 if is_near else 1]
+
+    def message_bytes(self, program: PipelineProgram, action: PipelineAction) -> float:
+        """Give the bytes of a message."""
+        sizes = self.stream_bytes.get(action.stream)
+        if sizes is None:
+            return 0.0
+        return sizes[action.index] if action.stream is Stream.WEIGHTS else sizes[action.index] * _share(program, action)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +90,7 @@ class PipelineSimulation:
 
 
 def simulate_pipeline(
-    programs: Sequence[PipelineProgram], costs: PipelineCosts, *, num_steps: int = 24
+    programs: Sequence[PipelineProgram], costs: PipelineCosts, *, num_steps: int = 24, max_in_flight: int = 2
 ) -> PipelineSimulation:
     """Run the same lawful programs step after step on a clock.
 
@@ -71,6 +98,7 @@ def simulate_pipeline(
         programs: One program per rank, of a step in the steady state.
         costs: What actions take.
         num_steps: Steps to simulate, at least 2.
+        max_in_flight: Steps by which a rank may run ahead.
 
     Example:
         >>> plan = PipelinePlan.parse("0")
@@ -80,7 +108,7 @@ def simulate_pipeline(
         4.0
     """
     timetable = _make_timetable(programs, costs)
-    recording = run_timetable(timetable, num_steps, max_in_flight=2)
+    recording = run_timetable(timetable, num_steps, max_in_flight)
     return PipelineSimulation(
         step_time_ms=steady_step_ms(recording),
         busy_ms=tuple(timetable.busy_ms(program.rank) for program in programs),
@@ -142,41 +170,56 @@ def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -
     messages: dict[tuple[int, PipelineAction], int] = {}
     channels: dict[tuple[int, int], Channel] = {}
     channel_of: list[int] = []
+    wire_ms: list[float] = []
     for program in programs:
         for action in program.actions:
             if action.kind is PipelineKind.SEND:
                 number = messages[program.rank, action] = len(messages)
                 ends = (program.rank, action.peer)
-                channels.setdefault(ends, Channel(*ends, [], 0, costs.message_ms)).messages.append(number)
+                link = costs.link(*ends)
+                channels.setdefault(ends, Channel(*ends, [], 0, link.latency_ms)).messages.append(number)
                 channel_of.append(list(channels).index(ends))
+                wire_ms.append(costs.message_bytes(program, action) / link.bytes_per_ms)
 
     def operation(program: PipelineProgram, action: PipelineAction) -> Operation:
-        if action.kind is PipelineKind.SEND:
-            return Operation(OperationKind.SEND, 0.0, messages[program.rank, action])
-        if action.kind is PipelineKind.RECV:
-            sent = action._replace(kind=PipelineKind.SEND, peer=program.rank)
-            return Operation(OperationKind.RECV, 0.0, messages[action.peer, sent])
+        if action.kind in (PipelineKind.SEND, PipelineKind.RECV):
+            is_send = action.kind is PipelineKind.SEND
+            sent = action if is_send else action._replace(kind=PipelineKind.SEND, peer=program.rank)
+            number = messages[program.rank if is_send else action.peer, sent]
+            link = costs.link(program.rank, action.peer)
+            occupation = link.send_occupation if is_send else link.receive_occupation
+            kind = OperationKind.SEND if is_send else OperationKind.RECV
+            return Operation(kind, occupation * (link.latency_ms + wire_ms[number]), number)
+        if action.kind is PipelineKind.LOAD and not action.is_next:
+            return Operation(OperationKind.LOAD, costs.load_ms)
         return Operation(OperationKind.COMPUTE, _compute_ms(program, action, costs))
 
     operations = tuple(tuple(operation(program, action) for action in program.actions) for program in programs)
-    wire_ms = (0.0,) * len(messages)
-    return Timetable(operations, 0.0, (0.0,) * len(programs), tuple(channels.values()), tuple(channel_of), wire_ms, ())
+    background = (costs.background_load_ms,) * len(programs)
+    return Timetable(
+        operations, costs.step_ms, background, tuple(channels.values()), tuple(channel_of), tuple(wire_ms), ()
+    )
+
+
+def _share(program: PipelineProgram, action: PipelineAction) -> float:
+    return action.rows.num_rows / (program.num_next_rows if action.is_next else program.num_rows)
 
 
 def _compute_ms(program: PipelineProgram, action: PipelineAction, costs: PipelineCosts) -> float:
     kind = action.kind
     if kind is PipelineKind.UPDATE:
         return costs.update_ms[action.index] if costs.update_ms else 0.0
-    share = action.rows.num_rows / (program.num_next_rows if action.is_next else program.num_rows)
+    if kind is PipelineKind.EMA:
+        return costs.follow_ms[action.index] if costs.follow_ms else 0.0
     if kind is PipelineKind.TEACH:
-        return costs.teach_ms[action.index] * share
+        return costs.teach_ms[action.index] * _share(program, action)
     if kind is PipelineKind.FORWARD:
-        return costs.forward_ms[action.index] * share
+        return costs.forward_ms[action.index] * _share(program, action)
     if kind is PipelineKind.BACKWARD:
-        return costs.backward_ms[action.index] * share
+        return costs.backward_ms[action.index] * _share(program, action)
     if kind in (PipelineKind.BACKWARD_INPUT, PipelineKind.BACKWARD_WEIGHT):
-        return costs.backward_ms[action.index] * share / 2
-    return 0.0
+        return costs.backward_ms[action.index] * _share(program, action) / 2
+    return costs.loss_ms * _share(program, action) if kind is PipelineKind.LOSS else 0.0
 
 
 def _max_micro_batches(program: PipelineProgram) -> int:

@@ -1,11 +1,12 @@
 """The planner: from measured costs to the plan whose steps take least time.
 
-Families of plans are searched from the plainest to the finest: `single`, `joint`, `straight`, `hybrid`, `half cut`,
+Families of plans are searched from the plainest to the finest: `single`, `straight`, `joint`, `hybrid`, `half cut`,
 `scattered`, `fractional`. For all but the last two the stages whose slowest is fastest are found exactly, by the
 separable costs that `stage_costs` describes: a stage costs what it asks of its own ranks' threads, links and loaders,
 whatever its neighbours do. Each family's best plan is then compiled and simulated, which adds what the stage costs
 leave out; the simulator's number is the one that counts. The last two families are searched by moving jobs and rows and
-asking the simulator each time. Of all plans within the noise of the best, the simplest family's is chosen.
+asking the simulator each time. Chosen is the simplest family than whose plan no other is surely faster: a gain must be
+larger than what the noise of the costs and the model's own error can explain (see `margin`).
 
 Source: Pipe-BD (arXiv:2301.12443), *Automatic hybrid distribution*, whose exhaustive search of hybrid plans this
 replaces by an exact one for any number of blocks, ranks, nodes and kinds of devices, with memory limits.
@@ -20,9 +21,10 @@ from lightning_pipebd.planning.bounds import Bounds, find_bounds
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.explain import BlockTraits, Exactness, exactness_reasons
-from lightning_pipebd.planning.families import Candidate, Families, Family
+from lightning_pipebd.planning.families import Candidate, Families, Family, Found
 from lightning_pipebd.planning.fractional import add_fractional
 from lightning_pipebd.planning.judge import Judge
+from lightning_pipebd.planning.margin import margin_ms
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.scattered import add_scattered
@@ -85,8 +87,8 @@ def find_plan(
 ) -> PlanChoice:
     """Find the plan with the smallest steady step time for a batch of `num_rows` rows.
 
-    Gains below the costs' noise are no reason to leave a simpler family. The exact search of straight and hybrid plans
-    takes ``O(B^2 N)`` for `B` blocks on `N` ranks; what could take longer on a large cluster is bounded.
+    Gains that may be due to the costs' noise are no reason to leave a simpler family. The exact search of straight and
+    hybrid plans takes ``O(B^2 N)`` for `B` blocks on `N` ranks; what could take longer on a large cluster is bounded.
 
     Args:
         costs: Measured times and sizes.
@@ -178,10 +180,9 @@ def _search(judge: Judge, whole_students: Collection[int], level: Exactness) -> 
 def _choose(families: Families) -> PlanChoice:
     judge = families.judge
     candidates = tuple(entry.candidate for entry in families.found)
-    best = min(candidate.step_time_ms for candidate in candidates)
-    # The found families are in order, so this is the simplest that is not worse than the noise can explain.
+    # The found families are in order, so this is the simplest that is not worse than errors can explain.
     chosen = next(
-        entry for entry in families.found if entry.candidate.step_time_ms * (1 - judge.costs.noise) <= best * (1 + 1e-9)
+        entry for entry in families.found if not any(_is_faster(other, entry, judge) for other in families.found)
     )
     return PlanChoice(
         plan=chosen.candidate.plan,
@@ -197,21 +198,31 @@ def _choose(families: Families) -> PlanChoice:
         alternatives=candidates,
         skipped=tuple(families.skipped),
         limits=chosen.judgement.limits if chosen.judgement else (),
-        reason=_reason(chosen.candidate, candidates, judge.costs.noise),
+        reason=_reason(chosen, families),
     )
 
 
-def _reason(chosen: Candidate, candidates: Sequence[Candidate], noise: float) -> str:
-    best = min(candidates, key=lambda candidate: candidate.step_time_ms)
+def _is_faster(other: Found, simple: Found, judge: Judge) -> bool:
+    """Tell whether a plan is faster by more than may be an error."""
+    gain_ms = simple.candidate.step_time_ms - other.candidate.step_time_ms
+    # Rounded, so that nobody goes after the last bits of sums.
+    return gain_ms > 1e-9 * simple.candidate.step_time_ms and gain_ms > margin_ms(simple, other, judge) * (1 + 1e-9)
+
+
+def _reason(entry: Found, families: Families) -> str:
+    chosen, candidates = entry.candidate, [found.candidate for found in families.found]
+    fastest = min(families.found, key=lambda found: found.candidate.step_time_ms)
+    best = fastest.candidate
     simpler = [
         candidate
         for candidate in candidates
         if list(Family).index(candidate.family) < list(Family).index(chosen.family)
     ]
     if best.step_time_ms < chosen.step_time_ms * (1 - 1e-9):
+        margin = margin_ms(entry, fastest, families.judge)
         return (
-            f"The {best.family} plan would take {best.step_time_ms:.4g} ms, which is no more than the noise of "
-            f"{noise:.1%} below the simpler {chosen.family} plan."
+            f"The {best.family} plan would take {best.step_time_ms:.4g} ms, but less than {margin:.2g} ms below the "
+            f"simpler {chosen.family} plan may be an error of the prediction."
         )
     if not simpler:
         return "No plan is faster, and none is simpler."

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.program import TARGETS
 
-__all__ = ["Message", "merge_rows", "route", "subtract_rows"]
+__all__ = ["Link", "Message", "merge_rows", "moved_rows", "route", "subtract_rows"]
 
 
 class Message(NamedTuple):
@@ -22,6 +22,14 @@ class Message(NamedTuple):
     rows: Rows
     sender: int
     receiver: int
+
+
+class Link(NamedTuple):
+    """A boundary on its way between two ranks; the fields sort what travels."""
+
+    sender: int
+    receiver: int
+    boundary: int
 
 
 def merge_rows(parts: Iterable[Rows]) -> tuple[Rows, ...]:
@@ -80,6 +88,20 @@ def route(plan: Plan, num_rows: int, *, target_blocks: Collection[int] = ()) -> 
                 if not part.is_empty
             ]
     return tuple(sorted(messages))
+
+
+def moved_rows(plan: Plan, num_rows: int, *, target_blocks: Collection[int] = ()) -> dict[Link, int]:
+    """Count the rows of each boundary that travel between two ranks with a batch, in order of the links.
+
+    Example:
+        >>> moved_rows(Plan.straight([1, 1, 1]), 8)
+        {Link(sender=0, receiver=1, boundary=1): 8, Link(sender=1, receiver=2, boundary=2): 8}
+    """
+    moved: dict[Link, int] = {}
+    for message in route(plan, num_rows, target_blocks=target_blocks):
+        link = Link(message.sender, message.receiver, message.boundary)
+        moved[link] = moved.get(link, 0) + message.rows.num_rows
+    return dict(sorted(moved.items()))
 
 
 def _needed_rows(plan: Plan, num_rows: int, boundary: int, target_blocks: Collection[int]) -> dict[int, list[Rows]]:

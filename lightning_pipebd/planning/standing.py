@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 __all__ = ["Culprit", "Standing", "find_culprit", "format_standings"]
@@ -30,6 +30,7 @@ class Standing:
         blames: The rank that this happened to, when `failure` is set.
         is_stall: Whether nothing was raised anywhere, when `failure` is set.
         is_done: Whether it has finished its part in peace.
+        bids: Its bids for the step after which requests are followed (see `runtime.step_agreement`), by kind.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class Standing:
     blames: int = -1
     is_stall: bool = False
     is_done: bool = False
+    bids: dict[str, list[int]] = field(default_factory=dict)
 
 
 class Culprit(NamedTuple):

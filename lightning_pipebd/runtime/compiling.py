@@ -15,7 +15,7 @@ from lightning_pipebd.runtime.blocks import call_block
 __all__ = ["compile_options", "compiled_block"]
 
 
-def compile_options(given: bool | Mapping[str, Any]) -> dict[str, Any] | None:
+def compile_options(given: Any) -> dict[str, Any] | None:
     """Give the keyword arguments for ``torch.compile``; ``None`` compiles nothing.
 
     Args:

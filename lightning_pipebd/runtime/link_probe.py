@@ -5,33 +5,49 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
-from lightning_pipebd.planning.costs import LinkCost, ReduceTimes
+from lightning_pipebd.planning.costs import LinkCost, Overheads, ReduceTimes
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.runtime.sampling import median_ms
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
-__all__ = ["measure_links", "probe_edges", "probe_groups"]
+__all__ = ["Links", "measure_links", "probe_edges", "probe_groups"]
 
 _SMALL_BYTES, _LARGE_BYTES = 4096, 4 << 20
 _NUM_SMALL, _NUM_LARGE, _NUM_REDUCES = 20, 6, 5
 
 
+class Links(NamedTuple):
+    """What was found.
+
+    Args:
+        same_node: Link between ranks of one node.
+        other_node: Link between ranks of different nodes.
+        overheads: What a message, and a reduction, takes of a rank's time however small it is.
+    """
+
+    same_node: LinkCost = LinkCost()
+    other_node: LinkCost = LinkCost()
+    overheads: Overheads = Overheads()
+
+
 class _Passage(NamedTuple):
-    """One direction of a message, measured to and fro."""
+    """One direction of a message measured to and fro, or a reduction; and what it takes of the rank's own time."""
 
     ms: float
     busy_ms: float
 
 
 class _Reduction(NamedTuple):
-    """Reductions of one group, and the part of their time for which a rank is busy."""
+    """Reductions of one group, and what they take of the rank's own time."""
 
     times: ReduceTimes
     occupation: float
+    own_ms: float
 
 
 def probe_edges(nodes: Sequence[int]) -> list[tuple[int, int]]:
@@ -56,9 +72,7 @@ def probe_groups(num_ranks: int) -> list[tuple[int, ...]]:
     return [tuple(range(size)) for size in sorted(sizes) if 2 <= size <= num_ranks]
 
 
-def measure_links(
-    transport: Transport, nodes: Sequence[int], device: torch.device, *, num_threads: int
-) -> tuple[LinkCost, LinkCost]:
+def measure_links(transport: Transport, nodes: Sequence[int], device: torch.device, *, num_threads: int) -> Links:
     """**Collective** over all ranks: measure the links of a node and those between nodes, alone on the wire.
 
     Args:
@@ -71,45 +85,52 @@ def measure_links(
         Rank 0's findings, the same on every rank. One of both is taken for the other where there is no such link.
     """
     if transport.num_ranks == 1:
-        return LinkCost(), LinkCost()
+        return Links()
     # Where no core is left over, what a thread in the background does is taken from the computation.
     num_here = sum(node == nodes[transport.rank] for node in nodes)
     is_crowded = device.type == "cpu" and num_here * num_threads >= len(os.sched_getaffinity(0))
     links: dict[bool, LinkCost] = {}
+    message_ms = 0.0
     for sender, receiver in probe_edges(nodes)[::2]:
-        link = _measure_pair(transport, (sender, receiver), device, is_crowded=is_crowded)
+        link, own_ms = _measure_pair(transport, (sender, receiver), device, is_crowded=is_crowded)
         links[nodes[sender] == nodes[receiver]] = link
+        message_ms = max(message_ms, own_ms)
     reduces: dict[bool, list[_Reduction]] = {True: [], False: []}
     for group in probe_groups(transport.num_ranks):
         is_near = len({nodes[rank] for rank in group}) == 1
         reduces[is_near].append(_measure_reduce(transport, group, device, is_crowded=is_crowded))
     near, far = (_with_reduces(links.get(is_near) or links[not is_near], reduces[is_near]) for is_near in (True, False))
-    gathered: list[tuple[LinkCost, LinkCost]] = transport.all_gather_object((near, far))
-    return gathered[0]
+    reduce_ms = max(found.own_ms for found in (*reduces[True], *reduces[False]))
+    overheads = Overheads(send_ms=message_ms, recv_ms=message_ms, reduce_ms=reduce_ms)
+    gathered: list[tuple[LinkCost, LinkCost, Overheads]] = transport.all_gather_object((near, far, overheads))
+    return Links(*gathered[0])
 
 
-def _with_reduces(link: LinkCost, reduces: Sequence[_Reduction]) -> LinkCost:
-    return LinkCost(
-        latency_ms=link.latency_ms,
-        bytes_per_ms=link.bytes_per_ms,
-        send_occupation=link.send_occupation,
-        receive_occupation=link.receive_occupation,
-        reduce_occupation=max((each.occupation for each in reduces), default=link.receive_occupation),
-        reduces=tuple(each.times for each in reduces),
-    )
+def _with_reduces(link: LinkCost, found: Sequence[_Reduction]) -> LinkCost:
+    occupation = max((reduction.occupation for reduction in found), default=link.receive_occupation)
+    return replace(link, reduce_occupation=occupation, reduces=tuple(reduction.times for reduction in found))
 
 
-def _measure_pair(transport: Transport, ranks: tuple[int, int], device: torch.device, *, is_crowded: bool) -> LinkCost:
+def _share_of(small: _Passage, large: _Passage) -> tuple[float, float]:
+    """Give the fraction of a transfer that occupies the rank, and what a small one takes of its time besides."""
+    occupation = min(1.0, large.busy_ms / max(large.ms, 1e-6))
+    return occupation, max(0.0, small.busy_ms - occupation * small.ms)
+
+
+def _measure_pair(
+    transport: Transport, ranks: tuple[int, int], device: torch.device, *, is_crowded: bool
+) -> tuple[LinkCost, float]:
     transport.all_gather_object(None)  # nobody else uses the machine meanwhile
     if transport.rank not in ranks:
-        return LinkCost()
+        return LinkCost(), 0.0
     small = _pass(transport, ranks, device, _SMALL_BYTES, _NUM_SMALL, is_crowded=is_crowded)
     large = _pass(transport, ranks, device, _LARGE_BYTES, _NUM_LARGE, is_crowded=is_crowded)
     bytes_per_ms = (_LARGE_BYTES - _SMALL_BYTES) / max(large.ms - small.ms, 1e-6)
-    occupation = min(1.0, large.busy_ms / max(large.ms, 1e-6))
-    return LinkCost(
+    occupation, own_ms = _share_of(small, large)
+    link = LinkCost(
         latency_ms=small.ms, bytes_per_ms=bytes_per_ms, send_occupation=occupation, receive_occupation=occupation
     )
+    return link, own_ms
 
 
 def _pass(
@@ -137,13 +158,13 @@ def _pass(
 def _measure_reduce(
     transport: Transport, group: tuple[int, ...], device: torch.device, *, is_crowded: bool
 ) -> _Reduction:
-    points, occupation = [], 0.0
+    busy_clock = _busy_clock(is_crowded=is_crowded)
+    found = []
     for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
         tensor = torch.zeros(num_bytes // 4, device=device)
         transport.all_gather_object(None)
-        times, busy = [0.0], [0.0]
-        busy_clock = _busy_clock(is_crowded=is_crowded)
-        for _ in range(_NUM_REDUCES + 1 if transport.rank in group else 0):
+        times, busy = [], []
+        for _ in range(_NUM_REDUCES + 2 if transport.rank in group else 0):
             start, busy_start = time.perf_counter(), busy_clock()
             transport.all_reduce([tensor], group).wait()
             if device.type == "cuda":
@@ -151,10 +172,9 @@ def _measure_reduce(
             times.append((time.perf_counter() - start) * 1000)
             busy.append((busy_clock() - busy_start) * 1000)
         # The first one makes room.
-        ms = median_ms(times[2:] or times)
-        points.append((num_bytes, ms))
-        occupation = min(1.0, median_ms(busy[2:] or busy) / max(ms, 1e-6))
-    return _Reduction(ReduceTimes(num_ranks=len(group), ms=Curve(points)), occupation)
+        found.append(_Passage(median_ms(times[2:]), median_ms(busy[2:])) if times else _Passage(0.0, 0.0))
+    curve = Curve(zip((_SMALL_BYTES, _LARGE_BYTES), (passage.ms for passage in found), strict=True))
+    return _Reduction(ReduceTimes(num_ranks=len(group), ms=curve), *_share_of(*found))
 
 
 def _busy_clock(*, is_crowded: bool) -> Callable[[], float]:

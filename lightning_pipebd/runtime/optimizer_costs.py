@@ -22,7 +22,7 @@ class UpdateCosts(NamedTuple):
     """What updates cost.
 
     Args:
-        update_ms: Per block, the time of its step beyond that of a step without parameters.
+        update_ms: Per block, the time of its check and step beyond that of a step without parameters.
         optimizer_bytes: Per block, the state that the optimizer keeps.
         step_ms: Time of a step without parameters: paid once, however many blocks a rank has.
     """
@@ -33,7 +33,10 @@ class UpdateCosts(NamedTuple):
 
 
 def measure_updates(
-    optimizers: Sequence[Optimizer], parameters: Sequence[Sequence[nn.Parameter]], device: torch.device
+    optimizers: Sequence[Optimizer],
+    parameters: Sequence[Sequence[nn.Parameter]],
+    device: torch.device,
+    check: Callable[[Sequence[nn.Parameter]], object] = lambda _: None,
 ) -> UpdateCosts:
     """Time the optimizer step of every block, on copies of its parameters.
 
@@ -44,10 +47,11 @@ def measure_updates(
         optimizers: The user's; neither they nor their parameters change.
         parameters: Per block, what it trains.
         device: Where the blocks are updated.
+        check: What is done to a block's parameters before its update.
     """
     now_ms = device_clock(device)
-    step_ms, _ = _time_steps(optimizers, (), device, now_ms)
-    found = [_time_steps(optimizers, own, device, now_ms) for own in parameters]
+    step_ms, _ = _time_steps(optimizers, (), device, now_ms, check)
+    found = [_time_steps(optimizers, own, device, now_ms, check) for own in parameters]
     return UpdateCosts(tuple(max(0.0, ms - step_ms) for ms, _ in found), tuple(size for _, size in found), step_ms)
 
 
@@ -56,12 +60,14 @@ def _time_steps(
     parameters: Sequence[nn.Parameter],
     device: torch.device,
     now_ms: Callable[[], float],
+    check: Callable[[Sequence[nn.Parameter]], object],
 ) -> tuple[float, int]:
     copies = {id(own): _copy(own, device) for own in parameters if own.requires_grad}
     clones = [_clone(optimizer, copies) for optimizer in optimizers]
     times = []
     for _ in range(_NUM_STEPS):
         start = now_ms()
+        check(list(copies.values()))
         for clone in clones:
             clone.step()
         times.append(now_ms() - start)

@@ -69,7 +69,7 @@ class BlockProfile:
         boundary_bytes_per_row: Of all boundaries.
         whole_reason: Why no rows may be divided; empty if they may.
         coupled: Measured blocks whose loss is not the mean of the losses of two parts of the batch.
-        uncertainty: Relative uncertainty of the times.
+        noise: Relative uncertainty of a single time.
         num_rounds: How often everything was measured.
     """
 
@@ -77,7 +77,7 @@ class BlockProfile:
     boundary_bytes_per_row: tuple[int, ...]
     whole_reason: str
     coupled: frozenset[int]
-    uncertainty: float
+    noise: float
     num_rounds: int
 
 
@@ -280,7 +280,7 @@ def profile_blocks(
         boundary_bytes_per_row=tuple(found.boundary_bytes),
         whole_reason=found.whole_reason,
         coupled=frozenset(found.coupled),
-        uncertainty=samples.uncertainty(),
+        noise=samples.noise(),
         num_rounds=num_rounds,
     )
 

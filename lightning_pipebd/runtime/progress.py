@@ -1,4 +1,4 @@
-"""Where a rank's main thread stands: written by that thread alone, read by the watcher."""
+"""Where a rank's main thread stands: written by that thread, read by the watcher."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+from lightning_pipebd.runtime.step_agreement import StepAgreement
 
 __all__ = ["NUM_WARM_UP_STEPS", "Progress"]
 
@@ -30,6 +32,7 @@ class Progress:
         num_rows: Rows of its batch.
         is_update: Whether its program ends with an update.
         num_steps: Programs that were run to their end.
+        agreement: What signals ask for, and the step after which all ranks follow.
     """
 
     def __init__(self) -> None:
@@ -41,6 +44,7 @@ class Progress:
         self.num_rows = 0
         self.is_update = True
         self.num_steps = 0
+        self.agreement = StepAgreement()
         self._durations: deque[float] = deque(maxlen=_NUM_STEPS)
 
     @property

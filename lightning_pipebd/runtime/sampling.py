@@ -106,6 +106,11 @@ class Samples:
         """Give the median time of one thing."""
         return median_ms(self.values[key])
 
+    def noise(self) -> float:
+        """Give the relative uncertainty of a single median, long ones weighing more."""
+        total = hypot(*map(median_ms, self.values.values()))
+        return hypot(*map(uncertainty_ms, self.values.values())) / total if total else 0.0
+
     def uncertainty(self) -> float:
         """Give the relative uncertainty of the sum of all medians, if they err independently of each other."""
         total = sum(map(median_ms, self.values.values()))

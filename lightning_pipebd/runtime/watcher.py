@@ -191,6 +191,12 @@ class Watcher:
             if known is None or not (known.failure or known.is_done):
                 self._standings[standing.rank] = standing
             self._heard_at[standing.rank] = self._clock_s
+        others = {rank: standing for rank, standing in self._standings.items() if rank != self._rank}
+        self._progress.agreement.hear(
+            {rank: standing.bids for rank, standing in others.items()},
+            is_over=any(standing.is_done for standing in others.values()),
+            has_failed=any(standing.failure for standing in others.values()),
+        )
 
     def _find_culprit(self) -> Culprit | None:
         self._standings[self._rank] = self._stand()
@@ -234,6 +240,7 @@ class Watcher:
             waits_for=waits_for,
             idle_s=self._clock_s - self._moved_at,
             bound_s=self._training_bound() if progress.is_training else self._bounds.other_s,
+            bids=progress.agreement.bids(),
         )
 
     def _give_up(self, culprit: Culprit) -> None:

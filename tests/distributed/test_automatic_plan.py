@@ -137,7 +137,8 @@ def heard() -> Iterator[list[str]]:
 
 
 def explained(make_trainer: MakeTrainer, folder: str) -> dict[str, Any]:
-    timeline = Timeline(f"{folder}/timeline.json", first_step=2, num_steps=3, plot=f"{folder}/timeline.svg")
+    pictures = {"plot": f"{folder}/timeline.svg", "report": f"{folder}/run.html"}
+    timeline = Timeline(f"{folder}/timeline.json", first_step=2, num_steps=3, **pictures)
     with heard() as lines:
         trainer = make_trainer(max_epochs=1, callbacks=[timeline])
         trainer.fit(SlowModule(), loader(40))
@@ -157,6 +158,10 @@ def test_a_found_plan_is_explained_and_compared_and_drawn(tmp_path: Path) -> Non
     plan = zero["outlook"].plan
     assert learned == {(rank, f"block={block}") for block in range(3) for rank in plan.student_ranks(block)}
     assert (tmp_path / "timeline.svg").read_text().count("rank 1") >= 2
+    page = (tmp_path / "run.html").read_text()
+    assert page.count("<svg") == 2
+    for words in (f"plan: {format_plan(plan)} ", "the measured one is", "bubble share", "per step over 1 connection"):
+        assert words in page
 
 
 def wrong_costs() -> PipeBDStrategy:

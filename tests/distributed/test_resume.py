@@ -60,3 +60,12 @@ def test_a_checkpoint_of_the_last_batch_of_an_epoch_continues_with_the_next(
     run_leg(Leg(plan="0-1|2-3", num_ranks=2, every=1, kill_at=kill_at), tmp_path)
     states = run_leg(Leg(plan="0-1|2-3", num_ranks=2, every=1), tmp_path)
     assert_same_checkpoint(reference("linear", "plain"), states)
+
+
+def test_a_run_that_goes_on_after_the_end_of_an_epoch_may_be_killed_at_the_end_of_the_next(
+    reference: Reference, tmp_path: Path
+) -> None:
+    for kill_at in (12, 23):
+        run_leg(Leg(plan="0-3", num_ranks=1, every=1, kill_at=kill_at), tmp_path)
+    states = run_leg(Leg(plan="0-1|2-3", num_ranks=2, every=1), tmp_path)
+    assert_same_checkpoint(reference("linear", "plain"), states)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lightning_pipebd.planning.cluster import Cluster
-from lightning_pipebd.planning.drift import adjust_costs, find_better
+from lightning_pipebd.planning.drift import adjust_costs, find_better, freeze_costs
 from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
@@ -46,3 +48,32 @@ def test_nothing_is_offered_where_nothing_is_better() -> None:
     everything = {(block // 2, kind, block, 8): 20.0 for block in range(4) for kind in (Kind.TEACH, Kind.LEARN)}
     assert find_better(make_outlook(), everything) is None
     assert find_better(make_outlook(), {(0, Kind.LEARN, 0, 8): 3.2}) is None
+
+
+def test_a_frozen_block_has_no_backward_pass_no_update_and_no_gradient() -> None:
+    costs = constant_costs([(1, 3), (1, 6)], update_ms=2.0, gradient_bytes=8)
+    frozen = freeze_costs(costs, {1})
+    assert [times.learn_ms.at(8) for times in frozen.times("default")] == [3, 2]
+    assert [times.update_ms for times in frozen.times("default")] == [2, 0]
+    assert [sizes.gradient_bytes for sizes in frozen.blocks] == [8, 0]
+
+
+def test_a_frozen_block_s_observed_time_is_not_cut_again() -> None:
+    frozen = freeze_costs(constant_costs([(1, 3), (1, 6)]), {0, 1}, is_observed={1})
+    assert [times.learn_ms.at(8) for times in frozen.times("default")] == [1, 6]
+
+
+def test_freezing_a_block_is_a_reason_for_another_plan() -> None:
+    found = find_better(make_outlook(), {}, frozen={0, 1})
+    assert found is not None
+    present, better = found
+    # 2 + 2 on rank 0 against 4 + 4.
+    assert (present.plan, present.step_time_ms, better.step_time_ms) == (Plan.straight([2, 2]), 8.0, 6.0)
+
+
+def test_noise_that_an_epoch_averages_out_hides_no_better_plan() -> None:
+    outlook = make_outlook()
+    noisy = replace(outlook.measurement, costs=replace(outlook.measurement.costs, noise=0.5))
+    found = find_better(replace(outlook, measurement=noisy), {(0, Kind.LEARN, 0, 8): 40.0})
+    assert found is not None
+    assert found[1].step_time_ms < 0.9 * found[0].step_time_ms

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_pipebd.planning.costs import LinkCost
 from lightning_pipebd.planning.laws import LawError
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline, micro_batches
 from lightning_pipebd.planning.pipeline_laws import check_pipeline_laws
@@ -198,8 +199,14 @@ def test_messages_that_take_time_only_lengthen_a_step() -> None:
     step = PipelineStep(num_rows=8, num_micro_batches=8, teaches_own=False, num_next_rows=8)
     programs = compile_pipeline(straight(4), step)
     costs = PipelineCosts.equal(4, 1.0)
-    slow = replace(costs, message_ms=0.5)
-    assert simulate_pipeline(programs, slow).step_time_ms > simulate_pipeline(programs, costs).step_time_ms
+    free = simulate_pipeline(programs, costs).step_time_ms
+    late = LinkCost(latency_ms=0.5)
+    assert simulate_pipeline(programs, replace(costs, links=(late, late))).step_time_ms > free
+    narrow = replace(costs, stream_bytes={Stream.HIDDEN: [80.0] * 5}, links=(LinkCost(bytes_per_ms=20),) * 2)
+    assert simulate_pipeline(programs, narrow).step_time_ms > free
+    # Ranks on one node do not see what messages between nodes cost.
+    assert simulate_pipeline(programs, replace(costs, links=(LinkCost(), late))).step_time_ms == free
+    assert simulate_pipeline(programs, replace(costs, links=(LinkCost(), late), node=(0, 0, 1, 1))).step_time_ms > free
 
 
 def test_micro_batches_are_uneven_where_rows_do_not_divide_and_never_empty() -> None:

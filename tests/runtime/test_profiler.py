@@ -92,7 +92,7 @@ def test_every_block_gets_the_times_that_it_takes() -> None:
     assert [costs.times.teach_ms.at(8) for costs in found.blocks.values()] == pytest.approx([1.8, 2.8, 3.8])
     assert [costs.times.teach_ms.at(16) for costs in found.blocks.values()] == pytest.approx([2.6, 3.6, 4.6])
     assert [costs.times.learn_ms.at(16) for costs in found.blocks.values()] == pytest.approx([10.0, 12.0, 14.0])
-    assert found.uncertainty == pytest.approx(0.0, abs=1e-9)
+    assert found.noise == pytest.approx(0.0, abs=1e-9)
     assert found.boundary_bytes_per_row == (16, 16, 16, 16)
 
 
@@ -114,7 +114,7 @@ def test_measuring_ends_when_the_times_are_sure_or_the_budget_is_spent() -> None
     unsure, _ = profile(make_blocks(), noise=0.9, limits={"max_rounds": 12})
     hurried, _ = profile(make_blocks(), noise=0.9, limits={"budget_ms": 1.0})
     assert (sure.num_rounds, unsure.num_rounds, hurried.num_rounds) == (4, 12, 4)
-    assert unsure.uncertainty > 0.02
+    assert unsure.noise > 0.02
 
 
 def test_sizes_are_those_of_the_tensors() -> None:
