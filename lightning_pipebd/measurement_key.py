@@ -57,6 +57,7 @@ def measurement_key(
         "targets": sorted(module.target_blocks),
         "models": [str(module.teacher), str(module)],
         "sources": _sources(module),
+        "compile": None if module.compile_options is None else sorted(map(repr, module.compile_options.items())),
         "tensors": tensors,
         "batch": str(pytree.tree_map_only(Tensor, lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), batch)),
         "machines": [list(machine) for machine in machines],
