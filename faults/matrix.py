@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 import os
 import signal
-import socket
 import statistics
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_pipebd import CheckedCheckpointIO, PipeBDStrategy
+from tests.helpers.ranks import find_free_port
 from tests.helpers.toy import LinearModule, ToyData
 
 __all__ = ["FAULTS", "Trial", "format_matrix", "try_fault"]
@@ -114,7 +114,7 @@ def try_fault(name: str, num_ranks: int) -> Trial:
     with tempfile.TemporaryDirectory() as directory:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "lightning", "lightning_pipebd", "faults.matrix"])
-        port = _find_free_port()
+        port = find_free_port()
         processes: list[Any] = [
             context.Process(target=_run, args=(rank, num_ranks, port, fault, faulty, directory))
             for rank in range(num_ranks)
@@ -162,13 +162,6 @@ def _look_at(directory: Path) -> tuple[int, int]:
     damaged = [path for path in paths if CheckedCheckpointIO().find_damage(path)]
     steps = [torch.load(path, weights_only=True)["global_step"] for path in paths if path not in damaged]
     return max(steps, default=0), len(damaged)
-
-
-def _find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def _run(rank: int, num_ranks: int, port: int, fault: str, faulty: int, directory: str) -> None:
