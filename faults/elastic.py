@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
+from tests.helpers.hosts import joined_hosts, why_not
 from tests.helpers.ranks import find_free_port
 from tests.helpers.resuming import Leg, run_leg
 from tests.helpers.training import assert_same_checkpoint
@@ -42,8 +44,10 @@ class Restart(NamedTuple):
     is_equal: bool
 
 
-def try_restart(name: str) -> Restart:
-    """Run a job of torchrun, disturb it, and compare what comes out."""
+def try_restart(name: str) -> Restart | None:
+    """Run a job of torchrun, disturb it, and compare what comes out; nothing where hosts cannot be had."""
+    if ELASTIC[name] is _two_hosts and why_not():
+        return None
     with tempfile.TemporaryDirectory() as text:
         directory = Path(text)
         is_complete = ELASTIC[name](directory)
@@ -59,7 +63,8 @@ def format_restarts(restarts: list[Restart]) -> str:
         starts = ", ".join(f"{num_ranks} at {step}" for num_ranks, step in restart.starts)
         ended, equal = ("yes" if flag else "NO" for flag in (restart.is_complete, restart.is_equal))
         lines.append(f"| {restart.name} | {starts} | {ended} | {equal} |")
-    return "\n".join([*lines, ""])
+    reason = why_not()
+    return "\n".join([*lines, "", *([f"Two hosts were not tried: {reason}.", ""] if reason else [])])
 
 
 def _kill_ranks(directory: Path) -> bool:
@@ -84,15 +89,42 @@ def _lose_machine(directory: Path) -> bool:
     return _ends_well("first", stays, directory)
 
 
+def _two_hosts(directory: Path) -> bool:
+    """Train on two hosts, an agent on each."""
+    with joined_hosts() as hosts:
+        options = ["--nnodes=2", "--nproc_per_node=1", f"--master-addr={hosts.addresses[0]}", "--master-port=29500"]
+        agents = [
+            _torchrun(
+                name,
+                directory,
+                [*options, f"--node-rank={rank}"],
+                kills=[],
+                prefix=["ip", "netns", "exec", name],
+                variables={"GLOO_SOCKET_IFNAME": hosts.cables[rank], "HOST": name},
+            )
+            for rank, name in enumerate(hosts.names)
+        ]
+        return all([_ends_well(name, agent, directory) for name, agent in zip(hosts.names, agents, strict=True)])
+
+
 ELASTIC: dict[str, Callable[[Path], bool]] = {
     "`--max-restarts=2`, each rank killed once": _kill_ranks,
     "`--nnodes=1:2`, one machine lost for good": _lose_machine,
+    "`--nnodes=2`, each agent on a host with an address of its own": _two_hosts,
 }
 
 
-def _torchrun(name: str, directory: Path, options: list[str], kills: list[str]) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AGENT": name}
-    command = [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT), str(directory), *kills]
+def _torchrun(
+    name: str,
+    directory: Path,
+    options: list[str],
+    kills: list[str],
+    *,
+    prefix: Sequence[str] = (),
+    variables: Mapping[str, str] = MappingProxyType({}),
+) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "AGENT": name, **variables}
+    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT), str(directory), *kills]
     with (directory / f"{name}.txt").open("ab") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_pipebd import PipeBDStrategy
+from lightning_pipebd.runtime import shared_memory
 from tests.helpers.resuming import states_of
 from tests.helpers.toy import ToyData, make_module
 
@@ -66,6 +67,9 @@ def main() -> None:
     """Train."""
     directory, kills = Path(sys.argv[1]), [tuple(map(int, kill.split(":"))) for kill in sys.argv[2:]]
     (directory / f"pid-{os.environ['AGENT']}-{os.getpid()}").touch()
+    if "HOST" in os.environ:
+        # Hosts that are network namespaces of one machine must not share memory.
+        shared_memory._boot = lambda: os.environ["HOST"]
     torch.set_num_threads(1)
     seed_everything(3, verbose=False)
     module = make_module("dropout")
