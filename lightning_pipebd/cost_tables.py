@@ -34,7 +34,8 @@ def load_measurement(path: str | Path) -> Measurement:
         text = Path(path).read_text(encoding="utf-8")
         data = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
     except (OSError, UnicodeError, ValueError, yaml.YAMLError) as error:
-        raise CostError(f"`costs` must name a readable YAML or JSON file, but {path} is not: {error}") from error
+        msg = f"`costs` must name a readable YAML or JSON file, but {path} is not: {error}. `pipebd plan` writes one."
+        raise CostError(msg) from error
     try:
         return Measurement.from_dict(data)
     except CostError as error:

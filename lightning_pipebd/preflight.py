@@ -28,6 +28,7 @@ from lightning_pipebd.planning.explain import Exactness, exactness_of
 from lightning_pipebd.planning.plan import Plan
 
 __all__ = [
+    "check_accumulation",
     "check_callbacks",
     "check_optimizers",
     "check_schedulers",
@@ -90,6 +91,17 @@ def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: P
         _check_batch_norm(trainer, module, plan)
     if module.example_input_array is not None:
         module.check_shapes(module.example_input_array)
+
+
+def check_accumulation(trainer: Trainer) -> None:
+    """Raise for a number of batches that Lightning would divide by.
+
+    Raises:
+        ValueError: ``accumulate_grad_batches`` is below 1.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        msg = f"`accumulate_grad_batches` must be at least 1, but is {trainer.accumulate_grad_batches}. Leave it out."
+        raise ValueError(msg)
 
 
 def check_callbacks(trainer: Trainer) -> None:

@@ -17,7 +17,7 @@ from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_op
 from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
-from lightning_pipebd.preflight import check_optimizers, check_trainer, warn_of_statistics
+from lightning_pipebd.preflight import check_accumulation, check_optimizers, check_trainer, warn_of_statistics
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession, plan_edges
 from lightning_pipebd.teacher_student import TeacherStudentModule
@@ -69,6 +69,7 @@ class PlanRequest(NamedTuple):
             TypeError: The module overrides what a plan replaces.
             ValueError: An option, setting or callback cannot work with the module.
         """
+        check_accumulation(trainer)
         plan, strategy = self.given_plan(module, num_ranks), trainer.strategy
         if isinstance(module, TeacherStudentModule):
             self.finder.refuse_for_whole_students()
