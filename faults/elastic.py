@@ -104,7 +104,9 @@ def _two_hosts(directory: Path) -> bool:
             )
             for rank, name in enumerate(hosts.names)
         ]
-        return all([_ends_well(name, agent, directory) for name, agent in zip(hosts.names, agents, strict=True)])
+        # All are waited for, also behind one that ended badly.
+        ended_well = [_ends_well(name, agent, directory) for name, agent in zip(hosts.names, agents, strict=True)]
+        return all(ended_well)
 
 
 ELASTIC: dict[str, Callable[[Path], bool]] = {

@@ -19,6 +19,7 @@ from benchmarks.shared.ranks import run_ranks, run_side_by_side
 from benchmarks.shared.training import PeakMemory, StepClock, plain_trainer, present_memory_bytes
 from lightning_pipebd import PipeBDStrategy
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.plan import Plan
 
 __all__ = ["AUTOMATIC", "VARIANTS", "Chores", "Result", "Steps", "Variant"]
@@ -157,6 +158,7 @@ def _fit_blocks(
     data = Rows(WORKLOADS[workload].example(), steps.total * rows * (num_ranks if strategy == "ddp" else 1))
     trainer.fit(module, DataLoader(data, batch_size=rows))
     outlook = strategy.outlook if isinstance(strategy, PipeBDStrategy) else None
+    assert not isinstance(outlook, PipelineOutlook)
     return _RankResult(clock.pace_ms(steps.num_skipped, steps.num_measured), memory.peak_bytes, outlook)
 
 

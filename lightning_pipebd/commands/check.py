@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_pipebd.commands.configuration import load_configuration
+from lightning_pipebd.commands.pipeline_answer import describe_models
 from lightning_pipebd.commands.text import format_columns
 from lightning_pipebd.module import BlockwiseDistillationModule
-from lightning_pipebd.preflight import require_module
 from lightning_pipebd.runtime.partition import boundary_shapes
 from lightning_pipebd.runtime.suggestions import SuggestedPair, suggest_block_map
+from lightning_pipebd.session_choice import require_module
+from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["run"]
 
@@ -94,16 +96,22 @@ def _check(options: argparse.Namespace) -> str:
         cli = load_configuration(options.config, options.others)
         module = require_module(cli.model)
         cli.trainer.strategy.connect(module)
-        example = _find_example(module, cli)
-        if example is not None:
-            module.check_shapes(example)
+        example = None
+        if isinstance(module, BlockwiseDistillationModule):
+            example = _find_example(module, cli)
+            if example is not None:
+                module.check_shapes(example)
         _check_trainer(cli.trainer)
     found = [str(warning.message) for warning in caught if "lightning_pipebd" in warning.filename]
-    blocks = _describe_blocks(module, example)
+    if isinstance(module, TeacherStudentModule):
+        blocks, shapes = describe_models(module), "models are run when training begins"
+    else:
+        assert isinstance(module, BlockwiseDistillationModule)
+        blocks = _describe_blocks(module, example)
+        shapes = "shapes agree" if example is not None else "shapes not checked: no `example_input_array` and no data"
     if options.json:
         return json.dumps({"blocks": blocks, "warnings": found}, indent=2)
     table = format_columns([list(blocks[0]), *(list(map(str, block.values())) for block in blocks)])
-    shapes = "shapes agree" if example is not None else "shapes not checked: no `example_input_array` and no data"
     return "\n".join([table, *(f"Warning: {text}" for text in found), f"No problem found ({shapes})."])
 
 

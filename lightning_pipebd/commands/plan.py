@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 from lightning_pipebd.commands.measured import measure_configured
 from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_options
+from lightning_pipebd.commands.pipeline_answer import plan_pipeline
 from lightning_pipebd.cost_tables import load_measurement, save_measurement
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 
 __all__ = ["run"]
 
@@ -49,8 +51,11 @@ def run(arguments: Sequence[str]) -> int:
             measured = load_measurement(options.costs)
         else:
             measured = measure_configured(others, num_ranks=options.devices, uses_cache=not options.no_cache)
+        if isinstance(measured, PipelineMeasurement):
+            plan_pipeline(options, measured)
+            return 0
         measurement = with_options(measured, options)
-        cluster = make_cluster(options, measurement.costs)
+        cluster = make_cluster(options, measurement.costs.devices[0].device_class)
         if options.save_costs:
             save_measurement(measurement, options.save_costs)
         outlook = Outlook.find(measurement, cluster, exactness=options.exactness, max_in_flight=options.max_in_flight)
