@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_pipebd import Candidates
 from lightning_pipebd.cli import COMMANDS, main
 from lightning_pipebd.commands.compare import compare_runs
 from lightning_pipebd.trace_summary import summarise
+from tests.helpers.scripts import run_script
 from tests.helpers.toy import make_loader, make_module
 
 PLAN = {"class_path": "lightning_pipebd.PipeBDStrategy", "init_args": {"plan": "0-1|2-3"}}
@@ -260,6 +262,12 @@ def span(rank: int, step: int, name: str, start_ms: float, duration_ms: float) -
     return {**event, "ts": start_ms * 1000, "dur": duration_ms * 1000}
 
 
+def run_forked(command: list[str], env: dict[str, str], **captured: Any) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run`, with ranks that need not import everything anew."""
+    devices = [argument.partition("=")[2] for argument in command if argument.startswith("--trainer.devices=")]
+    return subprocess.CompletedProcess(command, 0, run_script(command[1:], env, num_ranks=int(devices[-1])))
+
+
 class TestTrace:
     def test_time_per_step_and_rank_is_summed_up(self) -> None:
         first = [span(0, step, "TEACH block=0 rows=0:8", 10 * step, 4) for step in (3, 4, 5)]
@@ -274,19 +282,20 @@ class TestTrace:
         assert summary["bubble_fraction"] == pytest.approx(1 - 13 / 24)
 
     @pytest.mark.spawn
-    def test_all_ranks_are_recorded(
+    def test_all_ranks_are_recorded_and_the_run_is_reported(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("PYTHONPATH", os.getcwd())
-        output = tmp_path / "timeline.json"
+        monkeypatch.setattr("lightning_pipebd.commands.short_fit.subprocess.run", run_forked)
+        output, report = tmp_path / "timeline.json", tmp_path / "run.md"
         command = ["trace", "--config", write_configuration(tmp_path), "--steps", "9", "--output", str(output)]
-        assert main(command) == 0
+        assert main([*command, "--report", str(report)]) == 0
         text = capsys.readouterr().out
         assert "over 3 steps" in text
         assert "rank 1" in text
         names = {
             (event["pid"], event["cat"]) for event in json.loads(output.read_text())["traceEvents"] if "cat" in event
         }
+        assert "| plan | 0-1\\|2-3 |" in report.read_text()
         assert {(0, "LOAD"), (0, "SEND"), (0, "LEARN"), (1, "RECV"), (1, "TEACH"), (1, "UPDATE")} <= names
 
 

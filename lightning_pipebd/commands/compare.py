@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["BITWISE", "DIFFERS", "WITHIN", "BlockComparison", "SaveRun", "compare_runs"]
 
@@ -44,26 +46,43 @@ class SaveRun(Callback):
         """**Collective** over all ranks: save the checkpoint."""
         trainer.save_checkpoint(self._folder / _FINAL)
         if trainer.is_global_zero:
-            assert isinstance(pl_module, BlockwiseDistillationModule)
+            assert isinstance(pl_module, DistillationModule)
             blocks = list(_find_entries(pl_module, trainer))
             (self._folder / _BLOCKS).write_text(json.dumps(blocks))
 
 
-def _find_entries(module: BlockwiseDistillationModule, trainer: Trainer) -> Iterable[dict[str, Any]]:
+def _find_entries(module: DistillationModule, trainer: Trainer) -> Iterable[dict[str, Any]]:
     names = {id(value): name for name, value in module.state_dict(keep_vars=True).items()}
     numbers = {}
     for index, optimizer in enumerate(trainer.optimizers):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         numbers.update({id(parameter): (index, number) for number, parameter in enumerate(parameters)})
-    for block, name in enumerate(module.block_pairs.names):
-        parameters = module.block_parameters(block)
-        yield {
-            "name": name,
-            "parameters": [names[id(parameter)] for parameter in parameters],
-            # A buffer that is not saved (persistent=False) is nothing that training changes.
-            "buffers": [names[id(buffer)] for buffer in module.block_buffers(block) if id(buffer) in names],
-            "optimizer": [numbers[id(parameter)] for parameter in parameters if id(parameter) in numbers],
-        }
+    left = set(names.values())
+    for name, parameters, buffers in _parts(module):
+        # A buffer that is not saved (persistent=False) is nothing that training changes.
+        saved = [names[id(buffer)] for buffer in buffers if id(buffer) in names]
+        learned = [names[id(parameter)] for parameter in parameters]
+        left -= {*saved, *learned}
+        states = [numbers[id(parameter)] for parameter in parameters if id(parameter) in numbers]
+        yield {"name": name, "parameters": learned, "buffers": saved, "optimizer": states}
+    if isinstance(module, TeacherStudentModule) and left:
+        # A momentum teacher: nothing trains it, but it has a way, too.
+        state = module.state_dict()
+        moved = sorted(name for name in left if state[name].is_floating_point())
+        yield {"name": "teacher", "parameters": moved, "buffers": sorted(left - {*moved}), "optimizer": []}
+
+
+def _parts(module: DistillationModule) -> Iterable[tuple[str, Sequence[Tensor], Sequence[Tensor]]]:
+    if isinstance(module, BlockwiseDistillationModule):
+        for block, name in enumerate(module.block_pairs.names):
+            yield name, module.block_parameters(block), module.block_buffers(block)
+        return
+    assert isinstance(module, TeacherStudentModule)
+    for block in range(module.num_student_blocks):
+        parameters = module.student_parameters(block)
+        known = set(map(id, parameters))
+        buffers = [tensor for tensor in module.student_tensors(block) if id(tensor) not in known]
+        yield f"student {block}", parameters, buffers
 
 
 @dataclass(frozen=True, slots=True)
