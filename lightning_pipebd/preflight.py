@@ -24,6 +24,7 @@ from torch import nn
 
 from lightning_pipebd.lightning_internals import user_callbacks, validates_by_time
 from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.other_lightning import check_origin
 from lightning_pipebd.planning.explain import Exactness, exactness_of
 from lightning_pipebd.planning.plan import Plan
 
@@ -110,8 +111,10 @@ def check_callbacks(trainer: Trainer) -> None:
     Called again when the module has added its own (``configure_callbacks``), which is after the other processes start.
 
     Raises:
+        TypeError: A callback is one of `pytorch_lightning`.
         ValueError: A callback cannot work; the message says why and what to do instead.
     """
+    check_origin(user_callbacks(trainer), "callbacks")
     for callback in user_callbacks(trainer):
         _check_callback(callback)
 

@@ -25,6 +25,7 @@ from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
 from lightning_pipebd.lightning_internals import COMPLETE, seed_workers, silence_sigterm_broadcast
+from lightning_pipebd.other_lightning import refuse_other_trainer
 from lightning_pipebd.pipeline_data import AheadBatch
 from lightning_pipebd.pipeline_options import PipelineOptions
 from lightning_pipebd.planning.costs import CostTable
@@ -397,3 +398,4 @@ class PipeBDStrategy(Replanning):
 
 
 PipeBDStrategy.register_strategies(StrategyRegistry)
+refuse_other_trainer("pipebd")

@@ -25,7 +25,7 @@ from lightning_pipebd.runtime.suggestions import SuggestedPair, suggest_block_ma
 from lightning_pipebd.session_choice import require_module
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
 Look at a configuration without training: are the models cut as meant, do the shapes agree, does the trainer suit the
@@ -40,8 +40,8 @@ examples:
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; give its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Give what reads the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="pipebd check",
         description=_DESCRIPTION,
@@ -54,6 +54,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--input", help="shape of an input of both, such as 1,3,224,224")
     parser.add_argument("--json", action="store_true", help="print the result for machines")
     parser.add_argument("others", nargs="*", metavar="-- ARGUMENTS", help="further arguments of `pipebd fit`")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; give its exit code."""
+    parser = make_parser()
     options = parser.parse_args(list(arguments))
     if not options.config and not (options.teacher and options.student and options.input):
         parser.error("give --config, or --teacher, --student and --input")

@@ -17,7 +17,7 @@ from lightning_pipebd.planning.plan_text import parse_plan
 from lightning_pipebd.planning.simulate import check_fit
 from lightning_pipebd.plans import load_plan
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
 Predict the step time, the use of every rank and its memory, from costs that `pipebd plan --save-costs` has written.
@@ -33,8 +33,8 @@ examples:
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; give its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Give what reads the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="pipebd simulate",
         description=_DESCRIPTION,
@@ -46,7 +46,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--plan", help="a plan's text, or a YAML file; the best plan by default")
     parser.add_argument("--rows", type=int, help="rows of the batch; those that were measured by default")
     add_options(parser)
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; give its exit code."""
+    options = make_parser().parse_args(list(arguments))
     try:
         report(options, _foresee(options))
     except (ValueError, OSError, ImportError) as error:
