@@ -17,6 +17,7 @@ from lightning_pipebd.nonfinite import FiniteGuard
 from lightning_pipebd.runtime.block_calls import BlockCalls
 from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
 from lightning_pipebd.runtime.candidates import target_of
+from lightning_pipebd.runtime.compiling import compile_options
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
 from lightning_pipebd.runtime.row_trees import count_rows
 
@@ -64,16 +65,20 @@ class BlockwiseDistillationModule(DistillationModule):
         on_nonfinite: What follows when a block's gradient is not finite: ``"raise"`` ends the run, ``"skip"`` leaves
             out the block's update of this step, ``"stop_block"`` lets the block stay as it is from then on. The other
             blocks never notice. The block, the step and what was not finite are named in any case.
+        compile: Whether each teacher and student block runs under ``torch.compile``, by itself: ``True``, or keyword
+            arguments of it, such as ``{"mode": "reduce-overhead"}`` for CUDA graphs. Names in checkpoints stay.
         example_input: An input of the teacher, of any batch size, to check all shapes with; without it they are
             checked when the first batch arrives (or, under ``strategy="pipebd"``, with ``example_input_array``).
 
     Attributes:
         student: The student, whole.
         adapters: The adapters, keyed ``"output_<block>"`` and ``"input_<block>"``.
+        compile_options: Keyword arguments of ``torch.compile`` for the blocks; ``None`` if they are not compiled.
 
     Raises:
         PartitionError: The block map does not fit the models; the message names the path and the way out.
-        ValueError: Blocks, adapters or losses are named that do not exist.
+        ValueError: Blocks, adapters or losses are named that do not exist, or arguments of ``torch.compile``.
+        TypeError: ``compile`` is neither a truth value nor a mapping.
     """
 
     adapters: nn.ModuleDict
@@ -91,6 +96,7 @@ class BlockwiseDistillationModule(DistillationModule):
         target_blocks: Sequence[str | int] = (),
         block_losses: Mapping[str | int, str | Callable[[Any, Any], Tensor]] | None = None,
         on_nonfinite: str = "raise",
+        compile: bool | Mapping[str, Any] = False,
         example_input: Any = None,
     ) -> None:
         super().__init__()
@@ -110,8 +116,9 @@ class BlockwiseDistillationModule(DistillationModule):
         }
         self.finite_guard = FiniteGuard(on_nonfinite)
         self._frozen: set[int] = set()
-        self._teacher_calls = BlockCalls(pairs.teacher, "teacher")
-        self._student_calls = BlockCalls(pairs.student, "student")
+        self.compile_options = compile_options(compile)
+        self._teacher_calls = BlockCalls(pairs.teacher, "teacher", self.compile_options)
+        self._student_calls = BlockCalls(pairs.student, "student", self.compile_options)
         if example_input is not None:
             self.check_shapes(example_input)
 

@@ -18,17 +18,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader
+from lightning_pipebd.automatic_pipeline import FoundPipeline
+from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder
 from lightning_pipebd.checkpoint import synchronise_models
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
 from lightning_pipebd.lightning_internals import COMPLETE, seed_workers, silence_sigterm_broadcast
+from lightning_pipebd.other_lightning import refuse_other_trainer
 from lightning_pipebd.pipeline_data import AheadBatch
 from lightning_pipebd.pipeline_options import PipelineOptions
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.preflight import check_callbacks, check_schedulers
@@ -61,19 +65,18 @@ class PipeBDStrategy(Replanning):
             text, ``"0-3|4-7 / 0-1|2-3"`` for models cut differently, or a :class:`~lightning_pipebd.PipelinePlan`.
         exactness: How closely the student of one process must be reproduced: ``"bitwise"`` divides no rows; ``None``,
             as ``"summation"``, also divides the rows of blocks for which that changes only the order of sums.
-        memory_limit: Memory that each rank may use, such as ``"16GiB"``; a plan that needs more is refused. ``None``
-            takes what a GPU has free, and on CPU no limit.
-        costs: Costs to plan with instead of measuring: the path of a file that ``pipebd plan --save-costs`` wrote, or
-            a :class:`~lightning_pipebd.planning.costs.CostTable`.
+        memory_limit: Memory that each rank may use, such as ``"16GiB"``; ``None`` takes what a GPU has free.
+        costs: Costs to plan with instead of measuring: a file that ``pipebd plan --save-costs`` wrote, or a
+            :class:`~lightning_pipebd.planning.costs.CostTable`.
         trials: How many plans to try for some steps, where predictions cannot tell which is the fastest.
-        replan: ``"epoch"`` goes on with another plan from epoch to epoch, where steps take other times than was
-            foreseen, or blocks were frozen, and another plan is then faster; the student is that of one process all
-            the same. ``None`` only tells.
+        replan: ``"epoch"`` goes on with another plan, and the same student, where the last epoch's times, or frozen
+            blocks, make one faster; ``None`` only tells.
         max_in_flight: Steps of boundaries that wait at the receiver, and as many under way to it, at least 1: a rank
             runs ahead of its receiver by up to twice that. More hides more jitter and holds more activations.
-        num_micro_batches: Parts of each batch of a TeacherStudentModule along time; ``None`` takes four for each rank,
-            or one where cutting would change what the student learns.
-        schedule: Order of a TeacherStudentModule's work: ``"1f1b"``, ``"gpipe"`` or ``"teacher-first"``.
+        num_micro_batches: Parts of each batch of a TeacherStudentModule along time; ``None`` chooses it with
+            the plan; for a given one it takes four for each rank, or one where cutting would change what is learned.
+        schedule: Order of a TeacherStudentModule's work: ``"1f1b"``, ``"gpipe"`` or ``"teacher-first"``; ``None``
+            chooses it with the plan, and is ``"1f1b"`` for a given one.
         split_backward: Whether a TeacherStudentModule's gradients of weights may wait for a gap.
         process_group_backend: Backend of the default process group; ``None`` takes NCCL on GPUs and gloo elsewhere.
         timeout: Time after which a collective operation (validation, checkpoint, a shared block's reduction) fails,
@@ -94,12 +97,12 @@ class PipeBDStrategy(Replanning):
         *,
         exactness: str | None = None,
         memory_limit: str | int | None = None,
-        costs: str | CostTable | Measurement | None = None,
+        costs: str | CostTable | Measurement | PipelineMeasurement | None = None,
         trials: int = 0,
         replan: str | None = None,
         max_in_flight: int = 2,
         num_micro_batches: int | None = None,
-        schedule: str = "1f1b",
+        schedule: str | None = None,
         split_backward: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -124,7 +127,7 @@ class PipeBDStrategy(Replanning):
             trials=trials,
         )
         self._request = PlanRequest(finder, PipelineOptions(num_micro_batches, schedule, split_backward))
-        self._found: FoundPlan | None = None
+        self._found: FoundPlan | FoundPipeline | None = None
         self._max_in_flight = max_in_flight
         self._shares_logs = False
         self._is_in_evaluation_step = False
@@ -144,7 +147,7 @@ class PipeBDStrategy(Replanning):
         return given if self._found is None else self._found.plan
 
     @property
-    def outlook(self) -> Outlook | None:
+    def outlook(self) -> Outlook | PipelineOutlook | None:
         """What was foreseen of the plan at the last ``fit``; ``None`` if nothing was measured."""
         return self._found and self._found.outlook
 
@@ -236,9 +239,7 @@ class PipeBDStrategy(Replanning):
         assert self._transport is not None
         check_loader(dataloader)
         if module.trainer.training:
-            if self._session is None:
-                return UnreadLoader(dataloader)
-            return self.epochwise(dataloader) if self._request.finder.replans else self.load_by_plan(dataloader)
+            return self.training_loader(dataloader, replans=self._request.finder.replans)
         if module.trainer.predicting:
             return dataloader
         rank, num_ranks = self._transport.rank, self._transport.num_ranks
@@ -396,3 +397,4 @@ class PipeBDStrategy(Replanning):
 
 
 PipeBDStrategy.register_strategies(StrategyRegistry)
+refuse_other_trainer("pipebd")

@@ -12,8 +12,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_pipebd.bench import Bench
 from lightning_pipebd.block_jobs import BlockJobs
-from lightning_pipebd.measuring import Bench, first_batch
+from lightning_pipebd.measuring import first_batch
+from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.families import Candidate
 from lightning_pipebd.planning.outlook import Outlook
@@ -31,7 +33,7 @@ __all__ = ["try_plans"]
 _NUM_WARM_STEPS, _NUM_STEPS = 3, 8
 
 
-def try_plans(bench: Bench, outlook: Outlook, num_trials: int) -> Outlook:
+def try_plans(bench: Bench[BlockwiseDistillationModule], outlook: Outlook, num_trials: int) -> Outlook:
     """**Collective** over all ranks: run the contenders for some steps, and give the outlook on the fastest.
 
     Every step runs the plan's programs on the first batch, through the relay and the reductions of training. Updates,
@@ -60,7 +62,9 @@ def try_plans(bench: Bench, outlook: Outlook, num_trials: int) -> Outlook:
 
 
 class _Trial:
-    def __init__(self, bench: Bench, outlook: Outlook, plan: Plan, batch: tuple[Any, Any]) -> None:
+    def __init__(
+        self, bench: Bench[BlockwiseDistillationModule], outlook: Outlook, plan: Plan, batch: tuple[Any, Any]
+    ) -> None:
         self._bench = bench
         self._plan = plan
         self._rank = bench.transport.rank

@@ -37,7 +37,7 @@ hypothesis.settings.load_profile("reproducible" if os.environ.get("CI") else "lo
 _LIGHTNING_VARIABLES = {"PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG"}
 
 #: Set once and for all: by pytest for every test, and by torch when its compiler is first imported.
-_IGNORED_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR"}
+_IGNORED_VARIABLES = {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"}
 
 #: Classes of threads that last as long as their process: tqdm's watch over slow bars, Lightning's over the processes
 #: it launched, and native threads that once called Python.

@@ -39,7 +39,7 @@ PARAMETERS = {
         "replan=None",
         "max_in_flight=2",
         "num_micro_batches=None",
-        "schedule=1f1b",
+        "schedule=None",
         "split_backward=False",
         "process_group_backend=None",
         "timeout=0:30:00",
@@ -74,6 +74,7 @@ PARAMETERS = {
         "target_blocks=()",
         "block_losses=None",
         "on_nonfinite=raise",
+        "compile=False",
         "example_input=None",
     ],
 }

@@ -16,10 +16,8 @@ The variants take turns. The time of a step is the median over its steps of what
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,6 +25,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -180,7 +179,8 @@ def take_turns(workload: str, repeats: int) -> dict[str, Figures]:
 def peak_mib(workload: str, variant: str) -> float:
     """Give the peak memory of a process that trains one variant."""
     command = [sys.executable, __file__, "--run", workload, variant]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, env=os.environ).stdout))
+    output = subprocess.run(command, check=True, capture_output=True, env=os.environ, text=True).stdout
+    return float(output.splitlines()[-1])
 
 
 def main() -> None:
@@ -196,7 +196,10 @@ def main() -> None:
     if arguments.run:
         workload, variant = arguments.run
         VARIANTS[variant](workload)
-        sys.stdout.write(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+        # Not `ru_maxrss`, which a child process takes over from its parent.
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        peak = next(line for line in status if line.startswith("VmHWM:"))
+        sys.stdout.write(f"\n{int(peak.split()[1]) / 1024}")
         return
     for workload in WORKLOADS:
         sys.stdout.write(f"\n{workload}, {NUM_BLOCKS} blocks: ms per step | / by hand | us over Lightning | MiB\n")

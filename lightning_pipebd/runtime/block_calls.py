@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_pipebd.runtime.compiling import compiled_block
 from lightning_pipebd.runtime.partition import Partition, call_block
 
 __all__ = ["BlockCalls"]
@@ -22,12 +24,19 @@ class BlockCalls:
     Args:
         partition: The blocks.
         role: ``"teacher"`` or ``"student"``, for messages.
+        compile_options: Keyword arguments of ``torch.compile``; ``None`` compiles nothing.
     """
 
-    def __init__(self, partition: Partition, role: str) -> None:
+    def __init__(self, partition: Partition, role: str, compile_options: Mapping[str, Any] | None = None) -> None:
         self._partition = partition
         self._role = role
+        self._compile_options = compile_options
         self._modifies_input: dict[int, bool] = {}
+        self._compiled: dict[int, Callable[[Any], Any]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was compiled is bound to this process and to these blocks: a copy compiles its own.
+        return self.__dict__ | {"_compiled": {}}
 
     def __call__(self, block: int, boundary: Any) -> Any:
         """Give the next boundary.
@@ -38,7 +47,7 @@ class BlockCalls:
         known = self._modifies_input.get(block)
         given = boundary if known is False else pytree.tree_map_only(Tensor, torch.clone, boundary)
         versions = _versions(given)
-        output = call_block(self._partition.blocks[block], given)
+        output = self._call(block, given)
         has_changed = versions != _versions(given)
         if known is False and has_changed:
             msg = f"{self._role} block {block} changed its input in place now, but did not do so on the first batch"
@@ -46,6 +55,14 @@ class BlockCalls:
         if known is None:
             self._modifies_input[block] = has_changed
         return output
+
+    def _call(self, block: int, boundary: Any) -> Any:
+        if self._compile_options is None:
+            return call_block(self._partition.blocks[block], boundary)
+        if block not in self._compiled:
+            name = f"{self._role}_block_{block}"
+            self._compiled[block] = compiled_block(self._partition.blocks[block], name, self._compile_options)
+        return self._compiled[block](boundary)
 
 
 def _versions(tree: Any) -> list[int]:
