@@ -106,7 +106,8 @@ def _make_loader(leg: Leg, module: Any) -> DataLoader[Any]:
     if leg.loader.startswith("stateful"):
         from torchdata.stateful_dataloader import StatefulDataLoader
 
-        return StatefulDataLoader(data, batch_size=BATCH_SIZE, shuffle=True, **options)
+        stateful: DataLoader[Any] = StatefulDataLoader(data, batch_size=BATCH_SIZE, shuffle=True, **options)
+        return stateful
     if leg.loader == "generator":
         options["generator"] = torch.Generator().manual_seed(8)
     return DataLoader(data, batch_size=BATCH_SIZE, shuffle=True, **options)
