@@ -73,6 +73,7 @@ PARAMETERS = {
         "target_blocks=()",
         "block_losses=None",
         "on_nonfinite=raise",
+        "compile=False",
         "example_input=None",
     ],
 }
