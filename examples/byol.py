@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def layer(inputs: int, outputs: int) -> nn.Sequential:
 class Byol(TeacherStudentModule):
     """The whole of what a user writes. Layers 0 to 2 make the features, the last projects them."""
 
-    def __init__(self, delay: int) -> None:
+    def __init__(self, delay: int = 0) -> None:
         student = nn.Sequential(layer(64, 256), layer(256, 256), layer(256, 128), nn.Linear(128, 64))
         super().__init__(
             None,  # a copy of the student
@@ -79,29 +79,33 @@ def augment(images: Tensor) -> Tensor:
     return noisy * (torch.rand_like(moved) > 0.15)
 
 
-def load_data() -> tuple[TensorDataset, TensorDataset]:
+class Digits(LightningDataModule):
     """1,797 images of 8 x 8 pixels; every fifth is held out."""
-    images, labels = load_digits(return_X_y=True)
-    pixels, targets = torch.from_numpy(images).float() / 16, torch.from_numpy(labels).long()
-    is_held_out = torch.arange(len(targets)) % 5 == 0
-    training = TensorDataset(pixels[~is_held_out], targets[~is_held_out])
-    return training, TensorDataset(pixels[is_held_out], targets[is_held_out])
+
+    def setup(self, stage: str) -> None:
+        images, labels = load_digits(return_X_y=True)
+        pixels, targets = torch.from_numpy(images).float() / 16, torch.from_numpy(labels).long()
+        is_held_out = torch.arange(len(targets)) % 5 == 0
+        self.train = TensorDataset(pixels[~is_held_out], targets[~is_held_out])
+        self.held_out = TensorDataset(pixels[is_held_out], targets[is_held_out])
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(self.train.tensors[0]), batch_size=64, shuffle=True)
 
 
-def probe(module: Byol, training: TensorDataset, held_out: TensorDataset) -> float:
+def probe(module: Byol, data: Digits) -> float:
     """Fit a linear classifier to features and give its accuracy on held-out digits."""
     encoder = nn.Sequential(*list(module.student.children())[:3]).eval()
     with torch.no_grad():
-        features = [encoder(data.tensors[0]).numpy() for data in (training, held_out)]
-    classifier = LogisticRegression(max_iter=2000).fit(features[0], training.tensors[1].numpy())
-    return float(classifier.score(features[1], held_out.tensors[1].numpy()))
+        features = [encoder(part.tensors[0]).numpy() for part in (data.train, data.held_out)]
+    classifier = LogisticRegression(max_iter=2000).fit(features[0], data.train.tensors[1].numpy())
+    return float(classifier.score(features[1], data.held_out.tensors[1].numpy()))
 
 
 def main(delay: str = "0", strategy: str = "auto", devices: str = "1") -> None:
     """Learn, probe, print."""
     seed_everything(SEED, verbose=False)
-    training, held_out = load_data()
-    module = Byol(int(delay))
+    module, data = Byol(int(delay)), Digits()
     trainer = Trainer(
         accelerator="cpu",
         devices=int(devices),
@@ -112,10 +116,10 @@ def main(delay: str = "0", strategy: str = "auto", devices: str = "1") -> None:
         enable_progress_bar=sys.stdout.isatty(),
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(TensorDataset(training.tensors[0]), batch_size=64, shuffle=True))
+    trainer.fit(module, data)
     if trainer.is_global_zero:
         loss, rate = (float(trainer.callback_metrics[f"train/{name}_epoch"]) for name in ("loss", "momentum"))
-        accuracy = probe(module, training, held_out)
+        accuracy = probe(module, data)
         sys.stdout.write(f"delay {delay}  linear probe {accuracy:.1%}  loss {loss:.3f}  momentum {rate:.4f}\n")
 
 

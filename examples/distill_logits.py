@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -39,25 +39,35 @@ def network(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(stage(1), *(stage(width) for _ in range(depth - 1)), head)
 
 
-def load_data() -> tuple[TensorDataset, TensorDataset]:
+class Digits(LightningDataModule):
     """1,797 images of 8 x 8 pixels; every fifth is held out."""
-    images, labels = load_digits(return_X_y=True)
-    pixels = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
-    targets = torch.from_numpy(labels).long()
-    is_held_out = torch.arange(len(targets)) % 5 == 0
-    training = TensorDataset(pixels[~is_held_out], targets[~is_held_out])
-    return training, TensorDataset(pixels[is_held_out], targets[is_held_out])
+
+    def setup(self, stage: str) -> None:
+        images, labels = load_digits(return_X_y=True)
+        pixels = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 16
+        targets = torch.from_numpy(labels).long()
+        is_held_out = torch.arange(len(targets)) % 5 == 0
+        self.train = TensorDataset(pixels[~is_held_out], targets[~is_held_out])
+        self.held_out = TensorDataset(pixels[is_held_out], targets[is_held_out])
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train, batch_size=64, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.held_out, batch_size=len(self.held_out))
 
 
-def load_teacher(training: TensorDataset) -> nn.Sequential:
+def load_teacher() -> nn.Sequential:
     """Give the trained teacher; train it where there is none yet, which takes some seconds."""
     teacher, path = network(32, 5), CACHE / f"logits_teacher_{EPOCHS}_epochs.pt"
     if not path.exists():
+        data = Digits()
+        data.setup("fit")
         with torch.random.fork_rng():
             torch.manual_seed(0)
             optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
             for _ in range(EPOCHS):
-                for images, labels in DataLoader(training, batch_size=64, shuffle=True):
+                for images, labels in data.train_dataloader():
                     optimizer.zero_grad()
                     torch.autograd.backward(F.cross_entropy(teacher(images), labels))
                     optimizer.step()
@@ -72,8 +82,8 @@ def load_teacher(training: TensorDataset) -> nn.Sequential:
 class DistilLogits(TeacherStudentModule):
     """The whole of what a user writes. The models differ in depth, so each is cut at places of its own."""
 
-    def __init__(self, teacher: nn.Module, temperature: float = 4.0) -> None:
-        super().__init__(teacher, network(8, 3), teacher_cuts=["1", "3"], student_cuts=["0", "1"])
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__(load_teacher(), network(8, 3), teacher_cuts=["1", "3"], student_cuts=["0", "1"])
         self.temperature = temperature
 
     def loss(self, student_output: Any, teacher_output: Any, targets: Any) -> dict[str, Tensor]:
@@ -98,8 +108,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def main(strategy: str = "auto", devices: str = "1") -> None:
     """Distil and print."""
     seed_everything(1, verbose=False)
-    training, held_out = load_data()
-    module = DistilLogits(load_teacher(training))
+    module, data = DistilLogits(), Digits()
     trainer = Trainer(
         accelerator="cpu",
         devices=int(devices),
@@ -110,11 +119,10 @@ def main(strategy: str = "auto", devices: str = "1") -> None:
         enable_progress_bar=sys.stdout.isatty(),
         enable_model_summary=False,
     )
-    loader = DataLoader(training, batch_size=64, shuffle=True)
-    trainer.fit(module, loader, DataLoader(held_out, batch_size=len(held_out)))
+    trainer.fit(module, data)
     if trainer.is_global_zero:
         for name, model, value in (
-            ("teacher", module.teacher, accuracy(module.teacher, *held_out.tensors)),
+            ("teacher", module.teacher, accuracy(module.teacher, *data.held_out.tensors)),
             ("student", module.student, trainer.callback_metrics["val_acc"].item()),
         ):
             size = sum(parameter.numel() for parameter in model.parameters())

@@ -6,16 +6,18 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_pipebd.bench import Bench
 from lightning_pipebd.cost_tables import MeasurementCache, load_measurement
+from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy, set_device, without_train_loader
 from lightning_pipebd.machines import Machine, find_cluster
-from lightning_pipebd.measuring import Bench, block_traits, count_batch_rows, measure_module
+from lightning_pipebd.measuring import block_traits, count_batch_rows, measure_module
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable
@@ -23,6 +25,7 @@ from lightning_pipebd.planning.curve import CostError
 from lightning_pipebd.planning.explain import Exactness, explain_plan
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook, check_exactness
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.quantities import parse_bytes
@@ -31,8 +34,18 @@ from lightning_pipebd.runtime.agreement import done_by_rank_zero
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 from lightning_pipebd.runtime.transport import Transport
 
-__all__ = ["FoundPlan", "PlanFinder", "UnreadLoader", "explain_found", "find_plan_of_fit"]
+__all__ = [
+    "FoundPlan",
+    "PlanFinder",
+    "UnreadLoader",
+    "explain_found",
+    "find_plan_of_fit",
+    "gather_machines",
+    "make_bench",
+    "optimizers_to_measure",
+]
 
+ModuleT = TypeVar("ModuleT", bound=DistillationModule)
 _LEVELS = (Exactness.BITWISE, Exactness.SUMMATION)
 
 
@@ -85,7 +98,7 @@ class PlanFinder:
         *,
         exactness: str | None,
         memory_limit: str | int | None,
-        costs: str | CostTable | Measurement | None,
+        costs: str | CostTable | Measurement | PipelineMeasurement | None,
         max_in_flight: int,
         replan: str | None = None,
     ) -> None:
@@ -108,24 +121,25 @@ class PlanFinder:
         """What the user gave as the plan."""
         return self._given
 
-    def refuse_for_whole_students(self) -> None:
-        """Raise for options that only mean something where plans of blocks are found from measured costs.
+    @property
+    def costs(self) -> CostTable | Measurement | PipelineMeasurement | None:
+        """What the user gave as the costs."""
+        return self._costs
 
-        Raises:
-            ValueError: One was given.
-        """
-        options = {
-            "exactness": self._exactness,
-            "memory_limit": self._memory_limit,
-            "costs": self._costs,
-            "replan": self.replans or None,
-        }
-        given = [name for name, value in options.items() if value is not None]
-        if given:
-            raise ValueError(
-                f"`{given[0]}` must be left out for a TeacherStudentModule: its plans are spread by size or given, not "
-                "found from measured costs. Give a `plan` instead."
-            )
+    @property
+    def exactness(self) -> Exactness | None:
+        """The class of exactness that is asked for."""
+        return self._exactness
+
+    @property
+    def memory_limit(self) -> int | None:
+        """Bytes that each rank may use."""
+        return self._memory_limit
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps by which a rank may run ahead."""
+        return self._max_in_flight
 
     def given_plan(self, module: BlockwiseDistillationModule, num_ranks: int) -> Plan | None:
         """Give the plan as far as it is known without measuring.
@@ -147,6 +161,10 @@ class PlanFinder:
             PlanError: The given plan is less exact than was asked for.
             CostError: The costs are of another number of blocks.
         """
+        if isinstance(self._costs, PipelineMeasurement):
+            raise CostError(
+                "`costs` must be of blocks that learn by themselves, but are of a whole student. Measure this module."
+            )
         if isinstance(self._costs, (CostTable, Measurement)):
             table = self._costs.costs if isinstance(self._costs, Measurement) else self._costs
             if table.num_blocks != module.num_blocks:
@@ -160,7 +178,7 @@ class PlanFinder:
 
     def find(
         self,
-        bench: Bench,
+        bench: Bench[BlockwiseDistillationModule],
         machines: Sequence[Machine],
         make_optimizers: Callable[[], Sequence[Optimizer]],
     ) -> FoundPlan:
@@ -199,19 +217,19 @@ class PlanFinder:
         return Outlook.find(measurement, cluster, exactness=self._exactness, max_in_flight=self._max_in_flight)
 
     def _measure(
-        self, bench: Bench, machines: Sequence[Machine], make_optimizers: Callable[[], Sequence[Optimizer]]
+        self,
+        bench: Bench[BlockwiseDistillationModule],
+        machines: Sequence[Machine],
+        make_optimizers: Callable[[], Sequence[Optimizer]],
     ) -> Measurement | None:
         if self._costs is None:
-            with warnings.catch_warnings():
-                # Made again for training, where they are heard.
-                warnings.simplefilter("ignore")
-                optimizers = make_optimizers()
-            return measure_module(bench, optimizers, machines, num_ranks=len(machines), cache=MeasurementCache())
+            return measure_module(bench, make_optimizers(), machines, num_ranks=len(machines), cache=MeasurementCache())
         module = bench.module
         if isinstance(self._costs, CostTable):
             num_rows = count_batch_rows(bench)
             known = None if num_rows is None else Measurement(costs=self._costs, num_rows=num_rows)
         else:
+            assert isinstance(self._costs, Measurement)
             known = self._costs
         # What the module is counts, not what the file says of it.
         traits = tuple(block_traits(module, is_synchronised=bench.is_synchronised))
@@ -239,15 +257,11 @@ def _synchronises_norms(strategy: ProcessGroupStrategy) -> bool:
     return strategy.layer_sync and strategy.root_device.type != "cpu"
 
 
-def find_plan_of_fit(
-    strategy: ProcessGroupStrategy,
-    finder: PlanFinder,
-    trainer: Trainer,
-    module: BlockwiseDistillationModule,
-    transport: Transport,
-) -> FoundPlan:
-    """**Collective** over all ranks: give the plan of a fit that is being set up."""
-    bench = Bench(
+def make_bench(
+    strategy: ProcessGroupStrategy, trainer: Trainer, module: ModuleT, transport: Transport
+) -> Bench[ModuleT]:
+    """Give the bench of a fit that is being set up."""
+    return Bench(
         trainer=trainer,
         module=module,
         transport=transport,
@@ -257,13 +271,35 @@ def find_plan_of_fit(
         is_synchronised=_synchronises_norms(strategy),
         tell=rank_zero_info,
     )
-    machines = transport.all_gather_object(tuple(Machine.here(strategy.root_device, strategy.node_rank)))
 
-    def make_optimizers() -> list[Optimizer]:
+
+def gather_machines(strategy: ProcessGroupStrategy, transport: Transport) -> list[Machine]:
+    """**Collective** over all ranks: describe what every rank computes on."""
+    machines = transport.all_gather_object(tuple(Machine.here(strategy.root_device, strategy.node_rank)))
+    return [Machine(*machine) for machine in machines]
+
+
+def optimizers_to_measure(
+    strategy: ProcessGroupStrategy, trainer: Trainer, module: DistillationModule
+) -> list[Optimizer]:
+    """Make the user's optimizers for measuring only; those for training are made later, and heard then."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         set_device(module, strategy.root_device)
         with preserved_random_states(), untouched((), alone=[module]), without_train_loader(trainer):
             ProcessGroupStrategy.setup_optimizers(strategy, trainer)
-        optimizers, strategy.optimizers, strategy.lr_scheduler_configs = strategy.optimizers, [], []
-        return optimizers
+    optimizers, strategy.optimizers, strategy.lr_scheduler_configs = strategy.optimizers, [], []
+    return optimizers
 
-    return finder.find(bench, [Machine(*machine) for machine in machines], make_optimizers)
+
+def find_plan_of_fit(
+    strategy: ProcessGroupStrategy,
+    finder: PlanFinder,
+    trainer: Trainer,
+    module: BlockwiseDistillationModule,
+    transport: Transport,
+) -> FoundPlan:
+    """**Collective** over all ranks: give the plan of a fit that is being set up."""
+    bench = make_bench(strategy, trainer, module, transport)
+    machines = gather_machines(strategy, transport)
+    return finder.find(bench, machines, lambda: optimizers_to_measure(strategy, trainer, module))

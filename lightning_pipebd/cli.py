@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "train a few steps in one process and under the plan, and compare block by block",
     "rate": "rate the candidates of every place, and choose within a number of parameters",
     "export": "write the plain student of a checkpoint",
+    "completion": "print a script with which the shell completes all these",
 }
 
 

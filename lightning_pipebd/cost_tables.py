@@ -17,6 +17,7 @@ import yaml
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.curve import CostError
 from lightning_pipebd.planning.measurement import Measurement
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 
 __all__ = ["MeasurementCache", "as_measurement", "load_measurement", "save_measurement"]
 
@@ -24,8 +25,10 @@ __all__ = ["MeasurementCache", "as_measurement", "load_measurement", "save_measu
 _FORMAT = 2
 
 
-def load_measurement(path: str | Path) -> Measurement:
+def load_measurement(path: str | Path) -> Measurement | PipelineMeasurement:
     """Read a measurement from a YAML or JSON file that :func:`save_measurement` or a user has written.
+
+    One with a list ``student`` is of a whole student, any other of blocks that learn by themselves.
 
     Raises:
         CostError: The file does not exist, is neither YAML nor JSON, or describes no measurement.
@@ -34,14 +37,16 @@ def load_measurement(path: str | Path) -> Measurement:
         text = Path(path).read_text(encoding="utf-8")
         data = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
     except (OSError, UnicodeError, ValueError, yaml.YAMLError) as error:
-        raise CostError(f"`costs` must name a readable YAML or JSON file, but {path} is not: {error}") from error
+        msg = f"`costs` must name a readable YAML or JSON file, but {path} is not: {error}. `pipebd plan` writes one."
+        raise CostError(msg) from error
     try:
-        return Measurement.from_dict(data)
+        is_whole = isinstance(data, Mapping) and "student" in data
+        return PipelineMeasurement.from_dict(data) if is_whole else Measurement.from_dict(data)
     except CostError as error:
         raise CostError(f"{path}: {error}") from error
 
 
-def save_measurement(measurement: Measurement, path: str | Path) -> None:
+def save_measurement(measurement: Measurement | PipelineMeasurement, path: str | Path) -> None:
     """Write a measurement to a YAML file, or to a JSON file if the name ends so; an old file stays whole until then."""
     data = measurement.to_dict()
     if str(path).endswith(".json"):
@@ -68,7 +73,7 @@ class MeasurementCache:
         text = json.dumps({"format": _FORMAT, **key}, sort_keys=True)
         return self.folder / f"costs-{hashlib.blake2b(text.encode(), digest_size=12).hexdigest()}.json"
 
-    def find(self, key: Mapping[str, Any]) -> Measurement | None:
+    def find(self, key: Mapping[str, Any]) -> Measurement | PipelineMeasurement | None:
         """Give the measurement of a key, if there is one; warns of a damaged file and gives nothing."""
         path = self.path(key)
         if not self._is_on or not path.exists():
@@ -79,7 +84,7 @@ class MeasurementCache:
             warnings.warn(f"The measurement in the cache is damaged and is made anew. {error}", stacklevel=2)
             return None
 
-    def keep(self, key: Mapping[str, Any], measurement: Measurement) -> None:
+    def keep(self, key: Mapping[str, Any], measurement: Measurement | PipelineMeasurement) -> None:
         """Write a measurement; warns if that is impossible."""
         if not self._is_on:
             return
@@ -105,7 +110,10 @@ def as_measurement(costs: str | Path | CostTable | Measurement, num_rows: int) -
         return costs
     if isinstance(costs, CostTable):
         return Measurement(costs=costs, num_rows=num_rows)
-    return load_measurement(costs)
+    loaded = load_measurement(costs)
+    if isinstance(loaded, PipelineMeasurement):
+        raise CostError(f"`costs` must be of blocks that learn by themselves, but {costs} is of a whole student.")
+    return loaded
 
 
 def _write_atomically(path: Path, text: str) -> None:

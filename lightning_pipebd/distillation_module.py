@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from lightning_pipebd.lightning_internals import StagedBatchModule
+from lightning_pipebd.other_lightning import refuse_other_trainer
 
 __all__ = ["DistillationModule"]
 
@@ -31,6 +32,8 @@ class DistillationModule(StagedBatchModule):
 
     def hide_teacher(self, teacher: nn.Module) -> None:
         """Freeze a teacher and keep it out of parameters, checkpoints and ``train()``; it follows to devices."""
+        # Here, because a module is mostly made after all imports, and before the Trainer.
+        refuse_other_trainer("pipebd")
         # Past nn.Module's bookkeeping on purpose: a frozen teacher must not reach checkpoints, optimizers or train().
         object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
 

@@ -25,6 +25,8 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_pipebd.runtime.rendezvous import agent_address, store_of_start
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -197,8 +199,12 @@ class ProcessGroupStrategy(ParallelStrategy):
         self.set_world_ranks()
         assert self.cluster_environment is not None
         backend = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
-        device_id = None if self.root_device.type == "cpu" or backend == "gloo" else self.root_device
-        _init_dist_connection(self.cluster_environment, backend, timeout=self._timeout, device_id=device_id)
+        options: dict[str, Any] = {"timeout": self._timeout}
+        options["device_id"] = None if self.root_device.type == "cpu" or backend == "gloo" else self.root_device
+        if (address := agent_address()) is not None:
+            store: Any = dist.TCPStore(*address, is_master=False, timeout=self._timeout)  # type: ignore[attr-defined]
+            options["store"] = store_of_start(store, self.global_rank, self.world_size, self._timeout)
+        _init_dist_connection(self.cluster_environment, backend, **options)
 
     @override
     def model_to_device(self) -> None:

@@ -14,13 +14,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["measurement_key"]
 
 
 def measurement_key(
-    module: BlockwiseDistillationModule,
+    module: DistillationModule,
     batch: Any,
     optimizers: Sequence[Optimizer],
     plugin: Precision,
@@ -53,11 +55,9 @@ def measurement_key(
     ]
     return {
         "versions": [torch.__version__, lightning.__version__, platform.python_version()],
-        "blocks": module.block_pairs.paths,
-        "targets": sorted(module.target_blocks),
+        **_describe_blocks(module),
         "models": [str(module.teacher), str(module)],
         "sources": _sources(module),
-        "compile": None if module.compile_options is None else sorted(map(repr, module.compile_options.items())),
         "tensors": tensors,
         "batch": str(pytree.tree_map_only(Tensor, lambda leaf: (tuple(leaf.shape), str(leaf.dtype)), batch)),
         "machines": [list(machine) for machine in machines],
@@ -69,12 +69,30 @@ def measurement_key(
     }
 
 
+def _describe_blocks(module: DistillationModule) -> dict[str, Any]:
+    if isinstance(module, BlockwiseDistillationModule):
+        options = module.compile_options
+        return {
+            "blocks": module.block_pairs.paths,
+            "targets": sorted(module.target_blocks),
+            "compile": None if options is None else sorted(map(repr, options.items())),
+        }
+    assert isinstance(module, TeacherStudentModule)
+    cuts = module.cuts
+    return {
+        "blocks": [[*side.parameter_names, *side.buffer_names] for side in (cuts.teacher, cuts.student)],
+        "views": module.has_views,
+        "momentum": [module.momentum is not None, module.teacher_delay],
+        "full_batch": module.full_batch_loss,
+    }
+
+
 def _is_option(value: Any) -> bool:
     # A learning rate changes no time.
     return value is None or isinstance(value, (bool, str))
 
 
-def _sources(module: BlockwiseDistillationModule) -> list[str]:
+def _sources(module: DistillationModule) -> list[str]:
     """Give the code of the user's classes: a changed `forward` or loss takes another time."""
     classes = {type(part) for model in (module.teacher, module) for part in model.modules()}
     found = []

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from math import hypot
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from lightning_pipebd.bench import Bench, TimedNews, bring_batch, share_first_batch
 from lightning_pipebd.block_jobs import BlockJobs
-from lightning_pipebd.checkpoint import share_from_zero
 from lightning_pipebd.cost_tables import MeasurementCache
-from lightning_pipebd.first_batch import FirstBatch, only_loader, peek
-from lightning_pipebd.lightning_internals import request_train_loader
+from lightning_pipebd.first_batch import FirstBatch
 from lightning_pipebd.loop_costs import measure_loop
 from lightning_pipebd.machines import Machine
 from lightning_pipebd.measurement_key import measurement_key
@@ -39,39 +34,12 @@ from lightning_pipebd.runtime.partition import has_batch_statistics, is_stochast
 from lightning_pipebd.runtime.profiler import BlockParts, BlockProfile, measured_row_counts, profile_blocks
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
-from lightning_pipebd.runtime.transport import Transport
 
-__all__ = ["Bench", "block_traits", "count_batch_rows", "measure_module"]
+__all__ = ["block_traits", "count_batch_rows", "measure_module"]
 
-_SECONDS_BETWEEN_NEWS = 2.0
 _LEAST_NOISE, _MOST_NOISE = 0.01, 0.5
 # Beside all noise, predicted step times of different plans have been found this much off against each other.
 _MODEL_ERROR = 0.05
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bench:
-    """What a module is measured with.
-
-    Args:
-        trainer: Its trainer.
-        module: The module, attached to the trainer.
-        transport: Reaches the other ranks.
-        plugin: The trainer's precision plugin.
-        device: Where this rank computes.
-        to_device: Brings a batch to the device, as the strategy does in training.
-        is_synchronised: Whether shared blocks take their batch statistics over all rows.
-        tell: Called with the progress in words, on rank 0.
-    """
-
-    trainer: Trainer
-    module: BlockwiseDistillationModule
-    transport: Transport
-    plugin: Precision
-    device: torch.device
-    to_device: Callable[[Any], Any]
-    is_synchronised: bool
-    tell: Callable[[str], None]
 
 
 def block_traits(module: BlockwiseDistillationModule, *, is_synchronised: bool) -> list[BlockTraits]:
@@ -89,7 +57,7 @@ def block_traits(module: BlockwiseDistillationModule, *, is_synchronised: bool) 
 
 
 def measure_module(
-    bench: Bench,
+    bench: Bench[BlockwiseDistillationModule],
     optimizers: Sequence[Optimizer],
     machines: Sequence[Machine],
     *,
@@ -112,10 +80,10 @@ def measure_module(
         ValueError: The loader can be iterated only once, and the module has no example input.
     """
     with preserved_random_states():
-        first = _share_batch(bench)
+        first = share_first_batch(bench, lambda: _example(bench))
         if first.batch is None:
             return None
-        inputs, labels = _bring(bench, first.batch)
+        inputs, labels = bring_batch(bench, first.batch)
     num_rows = count_rows(inputs)
     key = measurement_key(
         bench.module,
@@ -127,7 +95,7 @@ def measure_module(
         is_synchronised=bench.is_synchronised,
     )
     known = done_by_rank_zero(bench.transport, lambda: cache.find(key) if cache else None)
-    if known is not None:
+    if isinstance(known, Measurement):
         bench.tell(f"Costs measured before are in {cache.path(key) if cache else ''}.")
         # Loading is the one thing that no key can name.
         return replace(known, costs=replace(known.costs, loader=first.loader))
@@ -140,40 +108,14 @@ def measure_module(
     return measurement
 
 
-def count_batch_rows(bench: Bench) -> int | None:
+def count_batch_rows(bench: Bench[BlockwiseDistillationModule]) -> int | None:
     """**Collective** over all ranks: count the rows of the first batch; `None` if there is none."""
     with preserved_random_states():
-        first = _share_batch(bench)
-        return None if first.batch is None else count_rows(_bring(bench, first.batch)[0])
+        first = share_first_batch(bench, lambda: _example(bench))
+        return None if first.batch is None else count_rows(bring_batch(bench, first.batch)[0])
 
 
-# The batch.
-
-
-def _share_batch(bench: Bench) -> FirstBatch:
-    transport = bench.transport
-    # On every rank: a hook of the user's may wait for the other ranks.
-    loader = only_loader(request_train_loader(bench.trainer))
-
-    def look() -> FirstBatch:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            first = peek(loader)
-        return first if first.is_known else _example(bench)
-
-    batches: list[Any] = []
-
-    def look_and_keep() -> FirstBatch:
-        found = look()
-        batches.append(found.batch)
-        # The batch itself is too large for an exchange of objects.
-        return found._replace(batch=None)
-
-    found = done_by_rank_zero(transport, look_and_keep)
-    return found._replace(batch=share_from_zero(transport, batches[0] if batches else None))
-
-
-def _example(bench: Bench) -> FirstBatch:
+def _example(bench: Bench[BlockwiseDistillationModule]) -> FirstBatch:
     example = bench.module.example_input_array
     if example is None or bench.module.target_blocks:
         msg = (
@@ -183,11 +125,6 @@ def _example(bench: Bench) -> FirstBatch:
         )
         raise ValueError(msg)
     return FirstBatch(example)
-
-
-def _bring(bench: Bench, batch: Any) -> tuple[Any, Any]:
-    converted = bench.to_device(bench.plugin.convert_input(batch))
-    return bench.module.unpack_batch(converted)
 
 
 # The measuring.
@@ -203,7 +140,7 @@ class _Findings(NamedTuple):
 
 
 def _measure(
-    bench: Bench,
+    bench: Bench[BlockwiseDistillationModule],
     optimizers: Sequence[Optimizer],
     machines: Sequence[Machine],
     batch: tuple[Any, Any],
@@ -223,7 +160,11 @@ def _measure(
 
 
 def _measure_own(
-    bench: Bench, optimizers: Sequence[Optimizer], batch: tuple[Any, Any], own: list[int], num_ranks: int
+    bench: Bench[BlockwiseDistillationModule],
+    optimizers: Sequence[Optimizer],
+    batch: tuple[Any, Any],
+    own: list[int],
+    num_ranks: int,
 ) -> _Findings:
     module = bench.module
     num_rows = count_rows(batch[0])
@@ -237,7 +178,7 @@ def _measure_own(
             row_counts=measured_row_counts(num_rows, num_ranks),
             own=own,
             device=bench.device,
-            tell=_Progress(bench.tell),
+            tell=TimedNews(bench.tell),
         )
     guard = FiniteGuard("raise")
     updates = measure_updates(
@@ -253,20 +194,6 @@ def _measure_own(
         dict(zip(own, updates.optimizer_bytes, strict=True)),
         updates.step_ms + measure_loop(),
     )
-
-
-class _Progress:
-    """Passes progress on every few seconds."""
-
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
-        self._last = time.perf_counter()
-
-    def __call__(self, text: str) -> None:
-        now = time.perf_counter()
-        if now - self._last >= _SECONDS_BETWEEN_NEWS:
-            self._last = now
-            self._tell(f"Measuring: {text}.")
 
 
 def _block_parts(module: BlockwiseDistillationModule, *, is_synchronised: bool) -> list[BlockParts]:
@@ -293,7 +220,7 @@ def _adapters(module: BlockwiseDistillationModule) -> list[list[nn.Module]]:
 
 
 def _put_together(
-    bench: Bench,
+    bench: Bench[BlockwiseDistillationModule],
     machines: Sequence[Machine],
     batch: tuple[Any, Any],
     first: FirstBatch,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,16 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_pipebd.lightning_internals import validates_by_time
+from lightning_pipebd.pipeline_measuring import coupled_blocks
 from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
 from lightning_pipebd.planning.pipeline_explain import explain_pipeline, pipeline_exactness
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import PipelineKind
 from lightning_pipebd.planning.pipeline_schedule import Durations, Schedule
 from lightning_pipebd.planning.plan import PlanError
 from lightning_pipebd.preflight import check_callbacks
-from lightning_pipebd.runtime.partition import has_batch_statistics, is_stochastic
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["PipelineOptions", "check_pipeline_optimizers", "pipeline_edges"]
@@ -41,7 +42,7 @@ class PipelineOptions:
     Args:
         num_micro_batches: Parts of a batch; ``None`` chooses four for each rank, or one where cutting would change what
             the student learns.
-        schedule: Name of the order.
+        schedule: Name of the order; ``None`` leaves it to the planner, and is ``"1f1b"`` where a plan is given.
         split_backward: Whether the gradients of the weights may wait.
 
     Raises:
@@ -49,7 +50,7 @@ class PipelineOptions:
     """
 
     num_micro_batches: int | None = None
-    schedule: str = "1f1b"
+    schedule: str | None = None
     split_backward: bool = False
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class PipelineOptions:
             msg = f"`num_micro_batches` must be at least 1, but is {self.num_micro_batches}. 1 leaves batches whole."
             raise ValueError(msg)
         names = [schedule.value for schedule in Schedule]
-        if self.schedule not in names:
+        if self.schedule is not None and self.schedule not in names:
             msg = f"`schedule` must be one of {', '.join(names)}, but is {self.schedule!r}. Choose one of them."
             raise ValueError(msg)
 
@@ -80,6 +81,19 @@ class PipelineOptions:
         if self.num_micro_batches is not None:
             return self.num_micro_batches
         return 1 if coupled_blocks(module) else _MICRO_BATCHES_PER_RANK * num_ranks
+
+    def settled(
+        self, module: TeacherStudentModule, num_ranks: int, exactness: Exactness | None = None
+    ) -> PipelineOptions:
+        """Give the options with nothing left to choose."""
+        number = self.micro_batches(module, num_ranks)
+        if self.num_micro_batches is None and exactness is Exactness.BITWISE:
+            number = 1
+        return replace(self, num_micro_batches=number, schedule=self._schedule.value)
+
+    @property
+    def _schedule(self) -> Schedule:
+        return Schedule.ONE_FORWARD_ONE_BACKWARD if self.schedule is None else Schedule(self.schedule)
 
     def looks_ahead(self, module: TeacherStudentModule) -> bool:
         """Tell whether the teacher may work on the next batch."""
@@ -109,18 +123,19 @@ class PipelineOptions:
             is_full_batch=module.full_batch_loss,
             # Whether a batch has labels is known where it is loaded; nothing is sent as quickly as labels.
             has_targets=True,
-            schedule=Schedule(self.schedule),
+            schedule=self._schedule,
             splits_backward=self.split_backward,
             update=update,
             has_momentum=module.momentum is not None,
         )
 
-    def resolve_plan(self, plan: Any, module: TeacherStudentModule, num_ranks: int) -> PipelinePlan:
+    def given_plan(self, plan: Any, module: TeacherStudentModule, num_ranks: int) -> PipelinePlan | None:
         """Make a plan for a module of what the user gave, and check that it fits the module and the ranks.
 
+        Without a plan there is none but where one rank leaves no choice.
+
         Args:
-            plan: A :class:`PipelinePlan`, its text or dictionary, the path of a YAML file with either; ``None`` spreads
-                both models evenly by size.
+            plan: A :class:`PipelinePlan`, its text or dictionary, or the path of a YAML file with either.
             module: Whose blocks are planned.
             num_ranks: Ranks of the run.
 
@@ -128,7 +143,7 @@ class PipelineOptions:
             PlanError: The plan is none, or is for another number of blocks or ranks.
         """
         if plan is None:
-            return even_plan(module, num_ranks)
+            return even_plan(module, 1) if num_ranks == 1 else None
         resolved = _read_plan(plan)
         for side, ranks, number in (
             ("teacher", resolved.teacher, module.num_teacher_blocks),
@@ -182,8 +197,8 @@ class PipelineOptions:
             raise ValueError(msg)
         check_callbacks(trainer)
 
-    def announce(self, plan: PipelinePlan, module: TeacherStudentModule) -> str:
-        """Explain the plan, and warn if cutting batches changes what the student learns."""
+    def announce(self, plan: PipelinePlan, module: TeacherStudentModule, outlook: PipelineOutlook | None = None) -> str:
+        """Explain the plan with what is foreseen of it, and warn if cutting batches changes what is learned."""
         number, coupled = self.micro_batches(module, plan.num_ranks), coupled_blocks(module)
         if pipeline_exactness(number, coupled) is Exactness.STATISTICS:
             warnings.warn(
@@ -192,21 +207,15 @@ class PipelineOptions:
                 "statistics). Set `num_micro_batches=1`, or use layers that treat rows one by one (GroupNorm).",
                 stacklevel=2,
             )
+        if outlook is not None:
+            return str(outlook)
         return explain_pipeline(
             plan,
             num_micro_batches=number,
-            schedule=Schedule(self.schedule),
+            schedule=self._schedule,
             looks_ahead=self.looks_ahead(module),
             coupled_blocks=coupled,
         )
-
-
-def coupled_blocks(module: TeacherStudentModule) -> list[int]:
-    """List the student blocks whose result depends on how a batch is cut."""
-    blocks = list(enumerate(module.cuts.student.blocks))
-    if module.predictor is not None:
-        blocks.append((module.num_student_blocks - 1, module.predictor))
-    return sorted({block for block, model in blocks if has_batch_statistics(model) or is_stochastic(model)})
 
 
 def even_plan(module: TeacherStudentModule, num_ranks: int) -> PipelinePlan:

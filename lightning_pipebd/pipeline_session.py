@@ -22,13 +22,14 @@ from lightning_pipebd.lightning_internals import (
     set_device,
 )
 from lightning_pipebd.pipeline_data import AheadHeaderLoader, AheadLoader, Announced
+from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
 from lightning_pipebd.pipeline_options import PipelineOptions, pipeline_edges
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import Stream
+from lightning_pipebd.planning.pipeline_schedule import Durations
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.gradients import clip_norm_over_ranks
-from lightning_pipebd.runtime.momentum import MomentumTeacher
 from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Transport
@@ -45,6 +46,7 @@ class PipelineSession(FitSession):
         module: Teacher, student and loss.
         plan: Fits the module and the ranks.
         options: How batches are cut and ordered.
+        durations: What the order of the work follows from; the same on all ranks.
         transport: Reaches the other ranks.
         strategy: Whose precision plugin and device are used.
         max_in_flight: Steps by which a rank may run ahead.
@@ -60,6 +62,7 @@ class PipelineSession(FitSession):
         module: TeacherStudentModule,
         plan: PipelinePlan,
         options: PipelineOptions,
+        durations: Durations,
         transport: Transport,
         strategy: ProcessGroupStrategy,
         *,
@@ -70,7 +73,7 @@ class PipelineSession(FitSession):
         self._module = module
         self._plan = plan
         self._options = options
-        self._durations = options.durations(module)
+        self._durations = durations
         self._staged: tuple[Announced, Any, int] | None = None
         self._taught: tuple[object, int] | None = None
         self._train_loader: AheadLoader | AheadHeaderLoader | None = None
@@ -93,7 +96,7 @@ class PipelineSession(FitSession):
         edges = pipeline_edges(self._plan, has_momentum=self._module.momentum is not None)
         self._connect(trainer, edges, self._plan.loading_rank, {self._plan.loss_rank}, sharing_logs, assemble_student)
         self.scalers = BlockScalers(self._strategy.precision_plugin, {}, self._strategy.root_device, self._transport)
-        self._jobs = _Jobs(self._module, self._strategy)
+        self._jobs = PipelineBlockJobs(self._module, self._strategy.precision_plugin)
         self._executor = PipelineExecutor(
             self._jobs,
             self._relay,
@@ -279,50 +282,3 @@ def _as_rows(tree: Any, num_rows: int) -> RowTree:
         )
         raise ValueError(msg)
     return RowTree(Rows(0, num_rows), tree, leading_row_leaves(tree, num_rows))
-
-
-class _Jobs:
-    """The module's blocks under the trainer's precision, as the executor wants them."""
-
-    def __init__(self, module: TeacherStudentModule, strategy: ProcessGroupStrategy) -> None:
-        self._module = module
-        self._plugin = strategy.precision_plugin
-        self.optimizer: Optimizer | None = None
-        self.batch_idx = 0
-        self.num_accumulated = 1
-        self.momentum: MomentumTeacher | None = None
-        self.rate = 1.0
-
-    def teach(self, block: int, boundary: Any) -> Any:
-        with self._plugin.train_step_context():
-            return self._module.teach(block, boundary)
-
-    def forward(self, block: int, boundary: Any, rows: Rows) -> Any:
-        with self._plugin.train_step_context():
-            return self._module.study(block, boundary, batch_idx=self.batch_idx, first_row=rows.start)
-
-    def loss(
-        self, student_output: Any, teacher_output: Any, targets: Any, rows: Rows, num_rows: int
-    ) -> dict[str, Tensor]:
-        with self._plugin.train_step_context():
-            terms = self._module.loss_terms(
-                student_output, teacher_output, targets, batch_idx=self.batch_idx, first_row=rows.start
-            )
-        if rows.num_rows < num_rows:
-            terms = {name: term * (rows.num_rows / num_rows) for name, term in terms.items()}
-        self._plugin.backward(terms["loss"] / self.num_accumulated, self._module, self.optimizer)
-        return {name: term.detach() for name, term in terms.items()}
-
-    def parameters(self, block: int) -> Sequence[nn.Parameter]:
-        return self._module.student_parameters(block)
-
-    def weights(self, block: int) -> Sequence[Tensor]:
-        return self._module.student_tensors(block)
-
-    def promote(self, block: int) -> None:
-        if self.momentum is not None:
-            self.momentum.promote(block)
-
-    def follow(self, block: int) -> None:
-        assert self.momentum is not None
-        self.momentum.follow(block, self.rate)

@@ -44,7 +44,13 @@ def resolve_plan(plan: str | dict[str, Any] | Plan, module: BlockwiseDistillatio
 
     Raises:
         PlanError: The plan is none, or is for another number of blocks or ranks.
+        TypeError: The plan is given as something else.
     """
+    if not isinstance(plan, (Plan, dict, str)):
+        raise TypeError(
+            f"`plan` must be text, a dictionary or a Plan, but is {plan!r}. Write for example plan='0-1|2-3', or leave "
+            "it out for an automatic one."
+        )
     if isinstance(plan, Plan):
         resolved = plan
     elif isinstance(plan, dict):

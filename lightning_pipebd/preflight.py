@@ -24,10 +24,12 @@ from torch import nn
 
 from lightning_pipebd.lightning_internals import user_callbacks, validates_by_time
 from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.other_lightning import check_origin
 from lightning_pipebd.planning.explain import Exactness, exactness_of
 from lightning_pipebd.planning.plan import Plan
 
 __all__ = [
+    "check_accumulation",
     "check_callbacks",
     "check_optimizers",
     "check_schedulers",
@@ -92,14 +94,27 @@ def check_trainer(trainer: Trainer, module: BlockwiseDistillationModule, plan: P
         module.check_shapes(module.example_input_array)
 
 
+def check_accumulation(trainer: Trainer) -> None:
+    """Raise for a number of batches that Lightning would divide by.
+
+    Raises:
+        ValueError: ``accumulate_grad_batches`` is below 1.
+    """
+    if trainer.accumulate_grad_batches < 1:
+        msg = f"`accumulate_grad_batches` must be at least 1, but is {trainer.accumulate_grad_batches}. Leave it out."
+        raise ValueError(msg)
+
+
 def check_callbacks(trainer: Trainer) -> None:
     """Raise for callbacks that cannot work, warn of those that cost speed.
 
     Called again when the module has added its own (``configure_callbacks``), which is after the other processes start.
 
     Raises:
+        TypeError: A callback is one of `pytorch_lightning`.
         ValueError: A callback cannot work; the message says why and what to do instead.
     """
+    check_origin(user_callbacks(trainer), "callbacks")
     for callback in user_callbacks(trainer):
         _check_callback(callback)
 

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_pipebd.automatic_pipeline import FoundPipeline
 from lightning_pipebd.automatic_plan import FoundPlan
 from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
 from lightning_pipebd.checkpoint import share_from_zero
@@ -24,7 +25,7 @@ class Replanning(CheckedCheckpoints):
 
     _max_in_flight: int
     _time_limits: tuple[timedelta | None, timedelta]
-    _found: FoundPlan | None
+    _found: FoundPlan | FoundPipeline | None
 
     def epochwise(self, loader: Any) -> Any:
         """Give a training loader whose epochs begin with the plan that is then best."""

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
+from lightning_pipebd.automatic_pipeline import FoundPipeline, check_pipeline_request, find_pipeline_of_fit
 from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, explain_found, find_plan_of_fit
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy
@@ -17,7 +18,7 @@ from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_op
 from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
-from lightning_pipebd.preflight import check_optimizers, check_trainer, warn_of_statistics
+from lightning_pipebd.preflight import check_accumulation, check_optimizers, check_trainer, warn_of_statistics
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession, plan_edges
 from lightning_pipebd.teacher_student import TeacherStudentModule
@@ -58,7 +59,7 @@ class PlanRequest(NamedTuple):
             PlanError: The given plan does not fit the module or the ranks.
         """
         if isinstance(module, TeacherStudentModule):
-            return self.options.resolve_plan(self.finder.given, module, num_ranks)
+            return self.options.given_plan(self.finder.given, module, num_ranks)
         assert isinstance(module, BlockwiseDistillationModule)
         return self.finder.given_plan(module, num_ranks)
 
@@ -69,10 +70,11 @@ class PlanRequest(NamedTuple):
             TypeError: The module overrides what a plan replaces.
             ValueError: An option, setting or callback cannot work with the module.
         """
+        check_accumulation(trainer)
         plan, strategy = self.given_plan(module, num_ranks), trainer.strategy
         if isinstance(module, TeacherStudentModule):
-            self.finder.refuse_for_whole_students()
             self.options.check(trainer, module)
+            check_pipeline_request(self.finder, self.options, module, num_ranks)
         elif isinstance(module, BlockwiseDistillationModule) and not isinstance(plan, PipelinePlan):
             self.options.refuse_for_blocks()
             check_trainer(trainer, module, plan)
@@ -86,12 +88,12 @@ class SessionChoice(NamedTuple):
 
     Args:
         session: Trains on this rank.
-        found: The plan of blocks that learn by themselves; ``None`` for a whole student.
+        found: The plan, with what is foreseen of it.
         explanation: Says what the plan does.
     """
 
     session: TrainingSession | PipelineSession
-    found: FoundPlan | None
+    found: FoundPlan | FoundPipeline
     explanation: str
 
     @classmethod
@@ -108,20 +110,21 @@ class SessionChoice(NamedTuple):
     ) -> SessionChoice:
         """**Collective** over all ranks: find the plan, connect the ranks, and put the blocks in their places."""
         if isinstance(module, TeacherStudentModule):
-            plan = request.options.resolve_plan(request.finder.given, module, transport.num_ranks)
-            edges = pipeline_edges(plan, has_momentum=module.momentum is not None)
-            transport.connect(edges, [tuple(range(plan.num_ranks))])
+            way = find_pipeline_of_fit(strategy, request.finder, request.options, trainer, module, transport)
+            edges = pipeline_edges(way.plan, has_momentum=module.momentum is not None)
+            transport.connect(edges, [tuple(range(way.plan.num_ranks))])
             pipeline = PipelineSession(
                 module,
-                plan,
-                request.options,
+                way.plan,
+                way.options,
+                way.durations,
                 transport,
                 strategy,
                 max_in_flight=max_in_flight,
                 time_limits=time_limits,
             )
             pipeline.place_blocks()
-            return cls(pipeline, None, request.options.announce(plan, module))
+            return cls(pipeline, way, way.options.announce(way.plan, module, way.outlook))
         assert isinstance(module, BlockwiseDistillationModule)
         found = find_plan_of_fit(strategy, request.finder, trainer, module, transport)
         return cls.open_found(found, strategy, module, transport, max_in_flight=max_in_flight, time_limits=time_limits)
@@ -151,7 +154,7 @@ class SessionChoice(NamedTuple):
 
     def report(self, *, replans: bool) -> None:
         """Have the session log how its steps' time compares with what was foreseen."""
-        if self.found is not None and isinstance(self.session, TrainingSession):
+        if isinstance(self.found, FoundPlan) and isinstance(self.session, TrainingSession):
             self.session.report(self.found.outlook, replans=replans)
 
 

@@ -18,17 +18,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pipebd.automatic_pipeline import FoundPipeline
 from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader
 from lightning_pipebd.checkpoint import synchronise_models
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
 from lightning_pipebd.lightning_internals import COMPLETE, seed_workers, silence_sigterm_broadcast
+from lightning_pipebd.other_lightning import refuse_other_trainer
 from lightning_pipebd.pipeline_data import AheadBatch
 from lightning_pipebd.pipeline_options import PipelineOptions
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.preflight import check_callbacks, check_schedulers
@@ -71,9 +75,10 @@ class PipeBDStrategy(Replanning):
             the same. ``None`` only tells.
         max_in_flight: Steps of boundaries that wait at the receiver, and as many under way to it, at least 1: a rank
             runs ahead of its receiver by up to twice that. More hides more jitter and holds more activations.
-        num_micro_batches: Parts of each batch of a TeacherStudentModule along time; ``None`` takes four for each rank,
-            or one where cutting would change what the student learns.
-        schedule: Order of a TeacherStudentModule's work: ``"1f1b"``, ``"gpipe"`` or ``"teacher-first"``.
+        num_micro_batches: Parts of each batch of a TeacherStudentModule along time; ``None`` chooses it with
+            the plan; for a given one it takes four for each rank, or one where cutting would change what is learned.
+        schedule: Order of a TeacherStudentModule's work: ``"1f1b"``, ``"gpipe"`` or ``"teacher-first"``; ``None``
+            chooses it with the plan, and is ``"1f1b"`` for a given one.
         split_backward: Whether a TeacherStudentModule's gradients of weights may wait for a gap.
         process_group_backend: Backend of the default process group; ``None`` takes NCCL on GPUs and gloo elsewhere.
         timeout: Time after which a collective operation (validation, checkpoint, a shared block's reduction) fails,
@@ -94,11 +99,11 @@ class PipeBDStrategy(Replanning):
         *,
         exactness: str | None = None,
         memory_limit: str | int | None = None,
-        costs: str | CostTable | Measurement | None = None,
+        costs: str | CostTable | Measurement | PipelineMeasurement | None = None,
         replan: str | None = None,
         max_in_flight: int = 2,
         num_micro_batches: int | None = None,
-        schedule: str = "1f1b",
+        schedule: str | None = None,
         split_backward: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = timedelta(minutes=30),
@@ -122,7 +127,7 @@ class PipeBDStrategy(Replanning):
             replan=replan,
         )
         self._request = PlanRequest(finder, PipelineOptions(num_micro_batches, schedule, split_backward))
-        self._found: FoundPlan | None = None
+        self._found: FoundPlan | FoundPipeline | None = None
         self._max_in_flight = max_in_flight
         self._shares_logs = False
         self._is_in_evaluation_step = False
@@ -142,7 +147,7 @@ class PipeBDStrategy(Replanning):
         return given if self._found is None else self._found.plan
 
     @property
-    def outlook(self) -> Outlook | None:
+    def outlook(self) -> Outlook | PipelineOutlook | None:
         """What was foreseen of the plan at the last ``fit``; ``None`` if nothing was measured."""
         return self._found and self._found.outlook
 
@@ -396,3 +401,4 @@ class PipeBDStrategy(Replanning):
 
 
 PipeBDStrategy.register_strategies(StrategyRegistry)
+refuse_other_trainer("pipebd")

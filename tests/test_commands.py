@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,9 @@ from torch.utils.data import DataLoader
 from lightning_pipebd import Candidates
 from lightning_pipebd.cli import COMMANDS, main
 from lightning_pipebd.commands.compare import compare_runs
+from lightning_pipebd.commands.waiting import waiting
 from lightning_pipebd.trace_summary import summarise
+from tests.helpers.scripts import run_script
 from tests.helpers.toy import make_loader, make_module
 
 PLAN = {"class_path": "lightning_pipebd.PipeBDStrategy", "init_args": {"plan": "0-1|2-3"}}
@@ -51,6 +56,17 @@ class TestExport:
         assert main(["export", str(checkpoint), str(tmp_path / "student.pt"), "--dtype", "bfloat16"]) == 0
         state = torch.load(tmp_path / "student.pt", weights_only=True)
         assert [value.dtype for value in state.values()] == [torch.bfloat16, torch.int64]
+
+    def test_safetensors_hold_the_same_tensors(
+        self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        safetensors = pytest.importorskip("safetensors.torch")
+        output = tmp_path / "student.safetensors"
+        assert main(["export", str(checkpoint), str(output), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"output": str(output), "tensors": 2, "bytes": 24}
+        state = safetensors.load_file(output)
+        assert torch.equal(state["fc.weight"], torch.ones(2, 2))
+        assert torch.equal(state["steps"], torch.tensor(3))
 
     def test_one_candidate_of_every_place_is_kept_under_the_places_name(self, tmp_path: Path) -> None:
         place = Candidates([nn.Linear(2, 2), nn.Linear(2, 2, bias=False), nn.Identity()])
@@ -102,9 +118,54 @@ class TestExport:
     def test_safetensors_that_are_not_installed_are_named(
         self, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
+        monkeypatch.setitem(sys.modules, "safetensors.torch", None)
         assert main(["export", str(checkpoint), str(tmp_path / "student.safetensors")]) == 1
         assert "pip install safetensors" in capsys.readouterr().err
+
+
+class TestCompletion:
+    def test_shell_completes_commands_their_options_and_files(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("shtab")
+        assert main(["completion", "bash"]) == 0
+        script = tmp_path / "pipebd"
+        script.write_text(capsys.readouterr().out)
+        (tmp_path / "config.yaml").write_text("")
+
+        def complete(*words: str) -> list[str]:
+            ask = f". ./pipebd; COMP_WORDS=(pipebd {' '.join(words)}); COMP_CWORD={len(words)}; _shtab_pipebd; echo"
+            command = ["bash", "-c", f'{ask} "${{COMPREPLY[@]}}"']
+            return subprocess.run(command, cwd=tmp_path, text=True, check=True, capture_output=True).stdout.split()
+
+        assert complete("ver") == ["verify"]
+        assert complete("verify", "--to") == ["--tolerance"]
+        assert complete("fit", "--config", "conf") == ["config.yaml"]
+
+    def test_missing_package_is_named(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "shtab", None)
+        assert main(["completion", "zsh"]) == 1
+        assert "pip install shtab" in capsys.readouterr().err
+
+
+class TestWaiting:
+    def test_a_terminal_sees_what_is_done_and_for_how_long(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("rich")
+        terminal = io.StringIO()
+        terminal.isatty = lambda: True
+        monkeypatch.setattr("sys.stderr", terminal)
+        monkeypatch.setenv("TERM", "xterm")
+        with waiting("measuring"):
+            pass
+        assert "measuring" in terminal.getvalue()
+        assert "0:00:00" in terminal.getvalue()
+
+    def test_a_file_gets_one_plain_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with waiting("measuring"):
+            pass
+        assert capsys.readouterr().err == "measuring ...\n"
 
 
 def save_run(folder: Path, initial: Tensor, final: Tensor, moment: float = 0.5) -> Path:
@@ -260,6 +321,12 @@ def span(rank: int, step: int, name: str, start_ms: float, duration_ms: float) -
     return {**event, "ts": start_ms * 1000, "dur": duration_ms * 1000}
 
 
+def run_forked(command: list[str], env: dict[str, str], **captured: Any) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run`, with ranks that need not import everything anew."""
+    devices = [argument.partition("=")[2] for argument in command if argument.startswith("--trainer.devices=")]
+    return subprocess.CompletedProcess(command, 0, run_script(command[1:], env, num_ranks=int(devices[-1])))
+
+
 class TestTrace:
     def test_time_per_step_and_rank_is_summed_up(self) -> None:
         first = [span(0, step, "TEACH block=0 rows=0:8", 10 * step, 4) for step in (3, 4, 5)]
@@ -274,19 +341,20 @@ class TestTrace:
         assert summary["bubble_fraction"] == pytest.approx(1 - 13 / 24)
 
     @pytest.mark.spawn
-    def test_all_ranks_are_recorded(
+    def test_all_ranks_are_recorded_and_the_run_is_reported(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("PYTHONPATH", os.getcwd())
-        output = tmp_path / "timeline.json"
+        monkeypatch.setattr("lightning_pipebd.commands.short_fit.subprocess.run", run_forked)
+        output, report = tmp_path / "timeline.json", tmp_path / "run.md"
         command = ["trace", "--config", write_configuration(tmp_path), "--steps", "9", "--output", str(output)]
-        assert main(command) == 0
+        assert main([*command, "--report", str(report)]) == 0
         text = capsys.readouterr().out
         assert "over 3 steps" in text
         assert "rank 1" in text
         names = {
             (event["pid"], event["cat"]) for event in json.loads(output.read_text())["traceEvents"] if "cat" in event
         }
+        assert "| plan | 0-1\\|2-3 |" in report.read_text()
         assert {(0, "LOAD"), (0, "SEND"), (0, "LEARN"), (1, "RECV"), (1, "TEACH"), (1, "UPDATE")} <= names
 
 

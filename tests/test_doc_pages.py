@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +12,7 @@ from typing import Any
 import pytest
 
 import lightning_pipebd
+from tests.helpers.scripts import run_script
 
 DOCS = Path(lightning_pipebd.__file__).parents[1] / "docs"
 PAGES = sorted(path.stem for path in DOCS.glob("*.md"))
@@ -53,16 +52,8 @@ def test_the_tutorial_s_files_pass_the_command_that_it_shows(tmp_path: Path) -> 
     )
     (tmp_path / "mine.py").write_text(module)
     (tmp_path / "mine.yaml").write_text(configuration)
-    finished = subprocess.run(
-        [sys.executable, "-m", "lightning_pipebd", "check", "--config", "mine.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(DOCS.parent)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert f"```text\n{finished.stdout}```" in text
+    output = run_script(["-m", "lightning_pipebd", "check", "--config", "mine.yaml"], {}, folder=tmp_path)
+    assert f"```text\n{output}```" in text
 
 
 def test_pages_show_every_picture_and_say_what_is_on_it(figures: ModuleType) -> None:

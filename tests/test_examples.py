@@ -37,6 +37,9 @@ def _run(arguments: list[str], cache: Path, num_ranks: int = 1) -> str:
 
 def _compare_rows(rank: int, environment: dict[str, str]) -> None:
     os.environ.update(environment)
+    # What this process was launched with is not for those that it starts.
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"):
+        del os.environ[name]
     from examples import digits
 
     digits.ROWS = [row for row in digits.ROWS if row[1] == "pipebd"]

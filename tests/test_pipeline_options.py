@@ -11,7 +11,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lightning_pipebd import PipeBDStrategy, PipelinePlan, Plan, PlanError, Timeline
-from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers
+from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers, even_plan
+from lightning_pipebd.planning.curve import Curve
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement, StudentBlockCosts, TeacherBlockCosts
 from tests.helpers.toy import LinearModule, make_loader
 from tests.helpers.whole_students import Byol, Convolutional, Distil
 
@@ -19,6 +21,12 @@ from tests.helpers.whole_students import Byol, Convolutional, Distil
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")
 
 PLAN = "0-1|2 / 0-1|2-3"
+WHOLE_COSTS = PipelineMeasurement(
+    teacher=(TeacherBlockCosts(name="all", teach_ms=Curve([(8, 1)])),),
+    student=(StudentBlockCosts(name="all", forward_ms=Curve([(8, 1)]), backward_ms=Curve([(8, 2)])),),
+    num_rows=8,
+    loss_ms=Curve([(8, 0)]),
+)
 
 
 def fit(module: Any, options: dict[str, Any], **trainer: Any) -> None:
@@ -51,13 +59,12 @@ class Manual(Distil):
         (Distil, {"plan": "none.yaml"}, {}, "must name a readable YAML file"),
         (Distil, {"plan": PLAN}, {"sync_batchnorm": True}, "`sync_batchnorm` must be False"),
         (Distil, {"plan": PLAN}, {"callbacks": [StochasticWeightAveraging(0.1)]}, "must see all weights"),
-        (Distil, {"plan": PLAN, "exactness": "bitwise"}, {}, "`exactness` must be left out for a TeacherStudentModule"),
-        (Distil, {"plan": PLAN, "memory_limit": "1GiB"}, {}, "`memory_limit` must be left out"),
         (OwnStep, {"plan": PLAN}, {}, "must leave `training_step` alone"),
         (Manual, {"plan": PLAN}, {}, "`automatic_optimization` must be True"),
         (LinearModule, {"num_micro_batches": 2}, {}, "`num_micro_batches` must be left out"),
         (LinearModule, {"schedule": "gpipe"}, {}, "`schedule` must be left out"),
         (LinearModule, {"split_backward": True}, {}, "`split_backward` must be left out"),
+        (LinearModule, {"costs": WHOLE_COSTS}, {}, "`costs` must be of blocks that learn by themselves"),
         (LinearModule, {"plan": PipelinePlan.parse("0-1|2-3")}, {}, "is for a TeacherStudentModule"),
     ],
 )
@@ -86,14 +93,16 @@ def test_a_plan_is_read_from_a_file_a_dictionary_or_an_object(tmp_path: Path) ->
     path = tmp_path / "plan.yaml"
     path.write_text(f"'{PLAN}'")
     for given in (PLAN, expected, expected.to_dict(), str(path)):
-        assert PipelineOptions().resolve_plan(given, Distil(), 2) == expected
+        assert PipelineOptions().given_plan(given, Distil(), 2) == expected
 
 
-def test_the_default_plan_uses_every_rank_and_keeps_a_momentum_teacher_at_its_student() -> None:
-    plan = PipelineOptions().resolve_plan(None, Byol(), 3)
+def test_spread_by_size_every_rank_has_blocks_and_a_momentum_teacher_stays_with_its_student() -> None:
+    plan = even_plan(Byol(), 3)
     assert set(plan.student) == {0, 1, 2}
     assert plan.teacher == plan.student
-    assert set(PipelineOptions().resolve_plan(None, Distil(), 2).teacher) == {0, 1}
+    assert set(even_plan(Distil(), 2).teacher) == {0, 1}
+    assert PipelineOptions().given_plan(None, Byol(), 1) == PipelinePlan.parse("0-3")
+    assert PipelineOptions().given_plan(None, Byol(), 2) is None
 
 
 def test_batches_are_cut_by_default_only_where_that_changes_nothing() -> None:

@@ -74,6 +74,17 @@ def test_a_fit_without_fault_gets_as_far_as_launching() -> None:
         fit()
 
 
+@pytest.mark.parametrize("plan", [7, ["0-3"]])
+def test_a_plan_of_no_known_kind_is_refused(plan: Any) -> None:
+    with pytest.raises(TypeError, match=r"`plan` must be text, a dictionary or a Plan, but is .* Write for example"):
+        fit(plan=plan)
+
+
+def test_accumulating_no_batches_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`accumulate_grad_batches` must be at least 1, but is 0. Leave it out"):
+        fit(accumulate_grad_batches=0)
+
+
 # Modules.
 
 

@@ -1,6 +1,6 @@
 """The plan that is found against the best of one process, joint, straight and hybrid: is it ever slower?
 
-    python benchmarks/automatic_plan/main.py
+    python -m benchmarks.automatic_plan.main
 
 Three models on two ranks, one thread each. One pair of processes runs all variants of a model, interleaved, because a
 machine's speed drifts. Every round measures the blocks anew and finds a plan anew; the straight, hybrid and half-cut
@@ -12,11 +12,9 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +23,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.shared.ranks import run_ranks
+from benchmarks.shared.tables import markdown_table, spread
+from benchmarks.shared.training import plain_trainer
 from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Plan, format_plan
 from lightning_pipebd.planning.families import Family
 from lightning_pipebd.planning.outlook import Outlook
@@ -111,17 +112,7 @@ def fit(model: str, strategy: Any, num_batches: int) -> float:
     """Train, as a user would; give ms per batch without the first epoch, which warms up and fills the pipeline."""
     seed_everything(0, verbose=False)
     times = Times()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=1 if strategy == "auto" else NUM_RANKS,
-        strategy=strategy,
-        max_epochs=2,
-        callbacks=[times],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = plain_trainer(strategy, 1 if strategy == "auto" else NUM_RANKS, [times], max_epochs=2)
     data = TensorDataset(torch.randn(BATCH_SIZE * num_batches, *MODELS[model][2]))
     trainer.fit(Distil(model), DataLoader(data, batch_size=BATCH_SIZE))
     return times.seconds[-1] / num_batches * 1000
@@ -168,45 +159,41 @@ class Rounds:
         self.found.setdefault(variant, []).append(result)
 
 
+def run(model: str, repeats: int, num_batches: int) -> Rounds:
+    """Run all rounds on one rank; rank 0 has all results."""
+    rounds = Rounds(model, num_batches)
+    for _ in range(repeats):
+        rounds.run()
+    return rounds
+
+
 def table(rounds: Rounds) -> str:
     """Write the results as a Markdown table."""
-    medians = {name: statistics.median(result.ms for result in results) for name, results in rounds.found.items()}
-    best = min(ms for name, ms in medians.items() if name != "automatic")
-    lines = ["| variant | ms per batch, median (all) | predicted ms | best of the others / this | plan |"]
-    lines.append("|---|---|---|---|---|")
+    times = {name: [result.ms for result in results] for name, results in rounds.found.items()}
+    best = min(statistics.median(found) for name, found in times.items() if name != "automatic")
+    rows = []
     for name, results in rounds.found.items():
-        spread = f"{min(result.ms for result in results):.1f}-{max(result.ms for result in results):.1f}"
-        plans = sorted({f"`{result.plan}`" + (f" ({result.family})" * bool(result.family)) for result in results})
-        cells = [name, f"{medians[name]:.1f} ({spread})", f"{rounds.predicted.get(name, float('nan')):.1f}"]
-        lines.append(f"| {' | '.join(cells)} | {best / medians[name]:.2f} | {', '.join(plans)} |".replace("|-", "\\|-"))
-    return "\n".join(lines)
+        plans = Counter(f"`{result.plan}`" + f" ({result.family})" * bool(result.family) for result in results)
+        predicted = f"{rounds.predicted[name]:.1f}" if name in rounds.predicted else ""
+        found = ", ".join(f"{plan}, {count} of {len(results)}" for plan, count in plans.most_common())
+        share = f"{best / statistics.median(times[name]):.2f}"
+        rows.append([name, f"{spread(times[name]):.1f}", predicted, share, found])
+    return markdown_table(["variant", "ms per batch", "predicted ms", "best of the others / this", "plans"], rows)
 
 
 def main() -> None:
-    """Start a pair of processes per model, and print their tables."""
+    """Run all variants of each model in a pair of processes, and print their tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batches", type=int, default=16)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    parser.add_argument("--run", nargs=4, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.run:
-        model, repeats, num_batches, report = arguments.run
-        rounds = Rounds(model, int(num_batches))
-        for _ in range(int(repeats)):
-            rounds.run()
-        if int(os.environ["LOCAL_RANK"]) == 0:
-            Path(report).write_text(table(rounds))
-        return
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PIPEBD_CACHE": "", "PYTHONWARNINGS": "ignore"}
+    # Every round measures anew.
+    os.environ["PIPEBD_CACHE"] = ""
     for model in arguments.models:
-        with tempfile.TemporaryDirectory() as folder:
-            report = f"{folder}/report.md"
-            command = [sys.executable, __file__, "--run", model, str(arguments.repeats), str(arguments.batches), report]
-            subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-            sys.stdout.write(f"\n{model}, batches of {BATCH_SIZE}, {arguments.repeats} rounds\n\n")
-            sys.stdout.write(Path(report).read_text() + "\n")
-            sys.stdout.flush()
+        rounds = run_ranks(run, NUM_RANKS, model, arguments.repeats, arguments.batches)[0]
+        sys.stdout.write(f"\n{model}, batches of {BATCH_SIZE}, {arguments.repeats} rounds\n\n{table(rounds)}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

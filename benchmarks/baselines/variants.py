@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from benchmarks.shared.ranks import run_ranks, run_side_by_side
 from benchmarks.shared.training import PeakMemory, StepClock, plain_trainer, present_memory_bytes
 from lightning_pipebd import PipeBDStrategy
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.plan import Plan
 
 __all__ = ["AUTOMATIC", "VARIANTS", "Chores", "Result", "Steps", "Variant"]
@@ -134,21 +136,30 @@ class _RankResult(NamedTuple):
 def _fit(
     workload: str, strategy: Any, num_ranks: int, tasks: Sequence[Blocks | None], rows: int, steps: Steps, barrier: bool
 ) -> _RankResult:
-    """Train some sets of blocks one after another in this process, ``None`` being all; give the sum of their times."""
+    """Train some sets of blocks one after another in this process, ``None`` being all; add up their times."""
     before = present_memory_bytes()
-    ms, peak, outlook = 0.0, 0, None
+    found = []
     for blocks in tasks:
-        seed_everything(0, verbose=False)
-        clock, memory = StepClock(), PeakMemory()
-        trainer = plain_trainer(strategy, num_ranks, [clock, memory, *([Barrier()] if barrier else [])])
-        module = Distil(workload) if blocks is None else SomeBlocks(workload, blocks)
-        data = Rows(WORKLOADS[workload].example(), steps.total * rows * (num_ranks if strategy == "ddp" else 1))
-        trainer.fit(module, DataLoader(data, batch_size=rows))
-        ms += clock.pace_ms(steps.num_skipped, steps.num_measured)
-        peak = max(peak, memory.peak_bytes)
-        if isinstance(strategy, PipeBDStrategy):
-            outlook = strategy.outlook
-    return _RankResult(ms, peak - before, outlook)
+        found.append(_fit_blocks(workload, strategy, num_ranks, blocks, rows, steps, barrier))
+        # Trainer and module hold each other: without this, the next module would be added to this one's memory.
+        gc.collect()
+    return _RankResult(
+        sum(each.ms for each in found), max(each.own_bytes for each in found) - before, found[-1].outlook
+    )
+
+
+def _fit_blocks(
+    workload: str, strategy: Any, num_ranks: int, blocks: Blocks | None, rows: int, steps: Steps, barrier: bool
+) -> _RankResult:
+    seed_everything(0, verbose=False)
+    clock, memory = StepClock(), PeakMemory()
+    trainer = plain_trainer(strategy, num_ranks, [clock, memory, *([Barrier()] if barrier else [])])
+    module = Distil(workload) if blocks is None else SomeBlocks(workload, blocks)
+    data = Rows(WORKLOADS[workload].example(), steps.total * rows * (num_ranks if strategy == "ddp" else 1))
+    trainer.fit(module, DataLoader(data, batch_size=rows))
+    outlook = strategy.outlook if isinstance(strategy, PipeBDStrategy) else None
+    assert not isinstance(outlook, PipelineOutlook)
+    return _RankResult(clock.pace_ms(steps.num_skipped, steps.num_measured), memory.peak_bytes, outlook)
 
 
 def _fit_pipebd(workload: str, plan: Plan | str | None, rows: int, steps: Steps, barrier: bool) -> _RankResult:

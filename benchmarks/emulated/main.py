@@ -168,8 +168,8 @@ def _rows(
     return rows
 
 
-def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def main(words: Sequence[str] | None = None) -> None:
+    """Measure for each number of ranks, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=list(TABLES))
@@ -177,12 +177,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run")
     parser.add_argument("--work-ms", type=float, default=300.0, help="work of a step, per rank")
     parser.add_argument("--measure", action="store_true", help="also let the profiler measure the sleeping blocks")
-    return parser.parse_args(words)
-
-
-def main() -> None:
-    """Measure for each number of ranks, and print a table."""
-    arguments = parse_arguments()
+    arguments = parser.parse_args(words)
     for num_ranks in arguments.ranks:
         tables = {name: scaled(TABLES[name], num_ranks, arguments.work_ms) for name in arguments.tables}
         rows = measure(tables, num_ranks, arguments.repeats, arguments.steps, arguments.measure)

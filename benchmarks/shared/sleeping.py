@@ -28,33 +28,36 @@ class _Sleeper:
     def __init__(self) -> None:
         self._debt_s = 0.0
 
-    def sleep(self, seconds: float) -> None:
-        start = time.perf_counter()
-        wanted = max(0.0, seconds - self._debt_s)
-        self._debt_s -= seconds - wanted
-        time.sleep(wanted)
-        self._debt_s = min(_MAX_DEBT_S, self._debt_s + time.perf_counter() - start - wanted)
+    def sleep(self, seconds: float, since_s: float | None = None) -> None:
+        start = time.perf_counter() if since_s is None else since_s
+        stop = start + max(0.0, seconds - self._debt_s)
+        self._debt_s = max(0.0, self._debt_s - seconds)
+        time.sleep(max(0.0, stop - time.perf_counter()))
+        self._debt_s = min(_MAX_DEBT_S, self._debt_s + time.perf_counter() - stop)
 
 
 sleep = _Sleeper().sleep
-"""Sleep some seconds; lasts as long on average as is asked for."""
+"""Sleep some seconds, counted from now or from a time before; lasts as long on average as is asked for."""
 
 
 class Sleep(torch.autograd.Function):
-    """Sleeps in the forward pass, and twice as long in the backward pass."""
+    """Sleeps in the forward pass, and twice as long in the backward pass; what it computes is in that time."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, seconds: float) -> Tensor:
         """Sleep, and scale the input."""
-        ctx.seconds = seconds
-        sleep(seconds)
-        return x * scale
+        start, ctx.seconds = time.perf_counter(), seconds
+        output = x * scale
+        sleep(seconds, start)
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None]:
         """Sleep twice as long; the input's gradient is passed on if somebody wants it."""
-        sleep(2 * ctx.seconds)
-        return gradient if ctx.needs_input_grad[0] else None, gradient.sum().reshape(1), None
+        start = time.perf_counter()
+        own = gradient.sum().reshape(1)
+        sleep(2 * ctx.seconds, start)
+        return gradient if ctx.needs_input_grad[0] else None, own, None
 
 
 class SleepingBlock(nn.Module):

@@ -10,20 +10,18 @@ that the run itself measures before it begins, and the step time is that of its 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.shared.ranks import run_ranks
 from benchmarks.shared.sleeping import SleepingBlock
+from benchmarks.shared.tables import interleave, markdown_table, ratios, spread
+from benchmarks.shared.training import plain_trainer
 from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
 from lightning_pipebd.planning.curve import Curve
 
@@ -101,8 +99,8 @@ class Distil(BlockwiseDistillationModule):
         return torch.optim.SGD(self.trainable_parameters(), lr=1e-4)
 
 
-def train(workload: str, family: str, report: str) -> None:
-    """One run, as a user would start it."""
+def train(workload: str, family: str) -> tuple[float, float]:
+    """One rank of one run, as a user would start it; give predicted and measured ms."""
     seed_everything(0, verbose=False)
     ranks, plans = CASES[workload]
     is_real = workload.startswith("real")
@@ -111,59 +109,37 @@ def train(workload: str, family: str, report: str) -> None:
     indices = [list(range(BATCH_SIZE))] * NUM_STEPS
     # A memory limit beyond all needs has the costs of a given plan measured.
     strategy = PipeBDStrategy(plan=plans[family], memory_limit="1TiB")
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=ranks,
-        strategy=strategy,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Distil(workload), DataLoader(data, batch_sampler=indices))
+    plain_trainer(strategy, ranks).fit(Distil(workload), DataLoader(data, batch_sampler=indices))
     assert strategy.outlook is not None
     assert strategy.session is not None
-    if trainer.is_global_zero:
-        result = (strategy.outlook.step_time_ms, strategy.session.step_time_ms)
-        Path(report).write_text(json.dumps(result))
-
-
-def run(workload: str, family: str, folder: str) -> tuple[float, float]:
-    """Start one run with one thread per process and nothing in the cache; give predicted and measured ms."""
-    report = f"{folder}/report.json"
-    command = [sys.executable, "-m", "benchmarks.simulated_vs_real.main", "--run", workload, family, report]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PIPEBD_CACHE": "", "PYTHONWARNINGS": "ignore"}
-    subprocess.run(command, check=True, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    predicted, measured = json.loads(Path(report).read_text())
-    return predicted, measured
+    assert strategy.session.step_time_ms is not None
+    return strategy.outlook.step_time_ms, strategy.session.step_time_ms
 
 
 def main() -> None:
-    """Interleave all plans, and print medians."""
+    """Interleave all plans of a workload, and print medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--workloads", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--plans", nargs="+", help="families of plans; all by default")
-    parser.add_argument("--run", nargs=3, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.run:
-        train(*arguments.run)
-        return
-    sys.stdout.write("workload    plan         predicted ms  measured ms  measured / predicted (all runs)\n")
-    with tempfile.TemporaryDirectory() as folder:
-        for workload in arguments.workloads:
-            families = [family for family in CASES[workload][1] if family in (arguments.plans or CASES[workload][1])]
-            found: dict[str, list[tuple[float, float]]] = {family: [] for family in families}
-            for _ in range(arguments.repeats):
-                for family, results in found.items():
-                    results.append(run(workload, family, folder))
-            for family, results in found.items():
-                predicted, measured = (statistics.median(values) for values in zip(*results, strict=True))
-                ratios = " ".join(f"{real / foreseen:.3f}" for foreseen, real in results)
-                sys.stdout.write(
-                    f"{workload:12}{family:12}{predicted:14.2f}{measured:13.2f}{measured / predicted:9.3f} ({ratios})\n"
-                )
+    # Nothing comes from the cache.
+    os.environ["PIPEBD_CACHE"] = ""
+    rows = []
+    for workload in arguments.workloads:
+        num_ranks, plans = CASES[workload]
+        families = [family for family in plans if family in (arguments.plans or plans)]
+        runs = interleave(
+            families,
+            arguments.repeats,
+            lambda family, workload=workload, num_ranks=num_ranks: run_ranks(train, num_ranks, workload, family)[0],
+        )
+        for family, results in runs.items():
+            predicted, measured = ([run[side] for run in results] for side in (0, 1))
+            cells = [workload, family, f"{spread(predicted):.1f}", f"{spread(measured):.1f}"]
+            rows.append([*cells, f"{ratios(measured, predicted):.3f}"])
+    header = ["workload and ranks", "plan", "predicted ms", "measured ms", "measured / predicted"]
+    sys.stdout.write(markdown_table(header, rows) + "\n")
 
 
 if __name__ == "__main__":

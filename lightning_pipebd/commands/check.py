@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_pipebd.commands.configuration import load_configuration
+from lightning_pipebd.commands.pipeline_answer import describe_models
 from lightning_pipebd.commands.text import format_columns
 from lightning_pipebd.module import BlockwiseDistillationModule
-from lightning_pipebd.preflight import require_module
 from lightning_pipebd.runtime.partition import boundary_shapes
 from lightning_pipebd.runtime.suggestions import SuggestedPair, suggest_block_map
+from lightning_pipebd.session_choice import require_module
+from lightning_pipebd.teacher_student import TeacherStudentModule
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
 Look at a configuration without training: are the models cut as meant, do the shapes agree, does the trainer suit the
@@ -38,8 +40,8 @@ examples:
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; give its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Give what reads the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="pipebd check",
         description=_DESCRIPTION,
@@ -52,6 +54,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--input", help="shape of an input of both, such as 1,3,224,224")
     parser.add_argument("--json", action="store_true", help="print the result for machines")
     parser.add_argument("others", nargs="*", metavar="-- ARGUMENTS", help="further arguments of `pipebd fit`")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; give its exit code."""
+    parser = make_parser()
     options = parser.parse_args(list(arguments))
     if not options.config and not (options.teacher and options.student and options.input):
         parser.error("give --config, or --teacher, --student and --input")
@@ -94,16 +102,22 @@ def _check(options: argparse.Namespace) -> str:
         cli = load_configuration(options.config, options.others)
         module = require_module(cli.model)
         cli.trainer.strategy.connect(module)
-        example = _find_example(module, cli)
-        if example is not None:
-            module.check_shapes(example)
+        example = None
+        if isinstance(module, BlockwiseDistillationModule):
+            example = _find_example(module, cli)
+            if example is not None:
+                module.check_shapes(example)
         _check_trainer(cli.trainer)
     found = [str(warning.message) for warning in caught if "lightning_pipebd" in warning.filename]
-    blocks = _describe_blocks(module, example)
+    if isinstance(module, TeacherStudentModule):
+        blocks, shapes = describe_models(module), "models are run when training begins"
+    else:
+        assert isinstance(module, BlockwiseDistillationModule)
+        blocks = _describe_blocks(module, example)
+        shapes = "shapes agree" if example is not None else "shapes not checked: no `example_input_array` and no data"
     if options.json:
         return json.dumps({"blocks": blocks, "warnings": found}, indent=2)
     table = format_columns([list(blocks[0]), *(list(map(str, block.values())) for block in blocks)])
-    shapes = "shapes agree" if example is not None else "shapes not checked: no `example_input_array` and no data"
     return "\n".join([table, *(f"Warning: {text}" for text in found), f"No problem found ({shapes})."])
 
 

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from lightning_pipebd.commands.pipeline_answer import pipeline_entries
 from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["BITWISE", "DIFFERS", "WITHIN", "BlockComparison", "SaveRun", "compare_runs"]
 
@@ -44,24 +46,31 @@ class SaveRun(Callback):
         """**Collective** over all ranks: save the checkpoint."""
         trainer.save_checkpoint(self._folder / _FINAL)
         if trainer.is_global_zero:
-            assert isinstance(pl_module, BlockwiseDistillationModule)
             blocks = list(_find_entries(pl_module, trainer))
             (self._folder / _BLOCKS).write_text(json.dumps(blocks))
 
 
-def _find_entries(module: BlockwiseDistillationModule, trainer: Trainer) -> Iterable[dict[str, Any]]:
+def _entries(module: LightningModule) -> Iterable[tuple[str, list[nn.Parameter], list[Tensor]]]:
+    if isinstance(module, TeacherStudentModule):
+        yield from pipeline_entries(module)
+        return
+    assert isinstance(module, BlockwiseDistillationModule)
+    for block, name in enumerate(module.block_pairs.names):
+        yield name, module.block_parameters(block), module.block_buffers(block)
+
+
+def _find_entries(module: LightningModule, trainer: Trainer) -> Iterable[dict[str, Any]]:
     names = {id(value): name for name, value in module.state_dict(keep_vars=True).items()}
     numbers = {}
     for index, optimizer in enumerate(trainer.optimizers):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         numbers.update({id(parameter): (index, number) for number, parameter in enumerate(parameters)})
-    for block, name in enumerate(module.block_pairs.names):
-        parameters = module.block_parameters(block)
+    for name, parameters, buffers in _entries(module):
         yield {
             "name": name,
             "parameters": [names[id(parameter)] for parameter in parameters],
             # A buffer that is not saved (persistent=False) is nothing that training changes.
-            "buffers": [names[id(buffer)] for buffer in module.block_buffers(block) if id(buffer) in names],
+            "buffers": [names[id(buffer)] for buffer in buffers if id(buffer) in names],
             "optimizer": [numbers[id(parameter)] for parameter in parameters if id(parameter) in numbers],
         }
 

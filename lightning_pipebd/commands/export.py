@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["pick_candidates", "run", "student_state"]
+__all__ = ["make_parser", "pick_candidates", "run", "student_state"]
 
 _DESCRIPTION = """\
 Write the student of a checkpoint as a plain state dictionary, which `student.load_state_dict` takes without this
@@ -31,8 +32,8 @@ _COUNT = ".num_candidates"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; give its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Give what reads the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="pipebd export",
         description=_DESCRIPTION,
@@ -50,7 +51,13 @@ def run(arguments: Sequence[str]) -> int:
         help="candidate to keep at a place of the student that has several; once for each place",
     )
     parser.add_argument("--overwrite", action="store_true", help="write even if the file exists")
-    options = parser.parse_args(list(arguments))
+    parser.add_argument("--json", action="store_true", help="print the result for machines")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; give its exit code."""
+    options = make_parser().parse_args(list(arguments))
     try:
         _export(options)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -132,7 +139,11 @@ def _export(options: argparse.Namespace) -> None:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     _write(state, options.output)
     size = sum(value.numel() * value.element_size() for value in state.values())
-    sys.stdout.write(f"{options.output}: {len(state)} tensors, {size / 1024**2:.1f} MiB\n")
+    if options.json:
+        result = {"output": str(options.output), "tensors": len(state), "bytes": size}
+        sys.stdout.write(json.dumps(result, indent=2) + "\n")
+    else:
+        sys.stdout.write(f"{options.output}: {len(state)} tensors, {size / 1024**2:.1f} MiB\n")
 
 
 def _write(state: dict[str, Tensor], output: Path) -> None:

@@ -5,20 +5,29 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from typing_extensions import override
 
+from lightning_pipebd.bench import Bench
 from lightning_pipebd.cost_tables import MeasurementCache
+from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.machines import Machine
-from lightning_pipebd.measuring import Bench, measure_module
+from lightning_pipebd.measuring import measure_module
+from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.pipeline_measuring import measure_pipeline
+from lightning_pipebd.pipeline_options import PipelineOptions
 from lightning_pipebd.planning.measurement import Measurement
-from lightning_pipebd.preflight import require_module
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 from lightning_pipebd.runtime.local_transport import LocalWorld
+from lightning_pipebd.session_choice import require_module
+from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["measure_configured"]
+
+ModuleT = TypeVar("ModuleT", bound=DistillationModule)
 
 #: What a plan is measured without: other processes, and everything that a run leaves behind.
 _OVERRIDES = (
@@ -34,28 +43,46 @@ class _Meter(Callback):
     def __init__(self, num_ranks: int, cache: MeasurementCache | None) -> None:
         self._num_ranks = num_ranks
         self._cache = cache
-        self.measurement: Measurement | None = None
+        self.measurement: Measurement | PipelineMeasurement | None = None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         strategy = trainer.strategy
-        bench = Bench(
-            trainer=trainer,
-            module=require_module(pl_module),
-            transport=LocalWorld(1).transports[0],
-            plugin=trainer.precision_plugin,
-            device=strategy.root_device,
-            to_device=strategy.batch_to_device,
-            is_synchronised=False,
-            tell=logging.getLogger("lightning.pytorch").info,
-        )
-        machine = Machine.here(strategy.root_device, 0)
+        machines = [Machine.here(strategy.root_device, 0)]
+        module = require_module(pl_module)
+        if isinstance(module, TeacherStudentModule):
+            self.measurement = measure_pipeline(
+                _bench(trainer, module),
+                trainer.optimizers,
+                machines,
+                num_ranks=self._num_ranks,
+                looks_ahead=PipelineOptions().looks_ahead(module),
+                cache=self._cache,
+            )
+            return
+        assert isinstance(module, BlockwiseDistillationModule)
         self.measurement = measure_module(
-            bench, trainer.optimizers, [machine], num_ranks=self._num_ranks, cache=self._cache
+            _bench(trainer, module), trainer.optimizers, machines, num_ranks=self._num_ranks, cache=self._cache
         )
 
 
-def measure_configured(arguments: Sequence[str], *, num_ranks: int, uses_cache: bool) -> Measurement:
+def _bench(trainer: Trainer, module: ModuleT) -> Bench[ModuleT]:
+    strategy = trainer.strategy
+    return Bench(
+        trainer=trainer,
+        module=module,
+        transport=LocalWorld(1).transports[0],
+        plugin=trainer.precision_plugin,
+        device=strategy.root_device,
+        to_device=strategy.batch_to_device,
+        is_synchronised=False,
+        tell=logging.getLogger("lightning.pytorch").info,
+    )
+
+
+def measure_configured(
+    arguments: Sequence[str], *, num_ranks: int, uses_cache: bool
+) -> Measurement | PipelineMeasurement:
     """Measure the module and the data that a configuration describes, with its precision, in this process.
 
     Args:

@@ -7,21 +7,23 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable, LinkCost
 from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.quantities import parse_bytes
 from lightning_pipebd.planning.simulate import simulate
 from lightning_pipebd.plans import save_plan
 from lightning_pipebd.plots import draw_timelines, predicted_spans
 
-__all__ = ["add_options", "describe", "make_cluster", "report", "with_options"]
+__all__ = ["add_options", "describe", "make_cluster", "report", "with_links", "with_options"]
 
+CostsT = TypeVar("CostsT", CostTable, PipelineMeasurement)
 _NUM_DRAWN_STEPS = 6
 
 
@@ -42,13 +44,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--plot", type=Path, help="draw the predicted timeline: a .svg, .png or .pdf file")
 
 
-def make_cluster(options: argparse.Namespace, costs: CostTable) -> Cluster:
-    """Make the ranks that the options describe, all of the first class that was measured."""
+def make_cluster(options: argparse.Namespace, device_class: str) -> Cluster:
+    """Make the ranks that the options describe, all of one class of devices."""
     if options.devices < 1:
         raise ValueError(f"`--devices` must be at least 1, but is {options.devices}.")
     return Cluster.uniform(
         options.devices,
-        device_class=costs.devices[0].device_class,
+        device_class=device_class,
         ranks_per_node=options.ranks_per_node,
         memory_limit_bytes=None if options.memory is None else parse_bytes(options.memory, "--memory"),
     )
@@ -56,7 +58,7 @@ def make_cluster(options: argparse.Namespace, costs: CostTable) -> Cluster:
 
 def with_options(measurement: Measurement, options: argparse.Namespace, num_rows: int | None = None) -> Measurement:
     """Give the measurement with the links that the options describe, for another number of rows if one is given."""
-    costs = _with_links(measurement.costs, options)
+    costs = with_links(measurement.costs, options)
     return replace(measurement, costs=costs, num_rows=measurement.num_rows if num_rows is None else num_rows)
 
 
@@ -114,7 +116,8 @@ def _link(link: LinkCost, latency_ms: float | None, bytes_per_ms: float | None) 
     )
 
 
-def _with_links(costs: CostTable, options: argparse.Namespace) -> CostTable:
+def with_links(costs: CostsT, options: argparse.Namespace) -> CostsT:
+    """Give costs with the links that the options describe."""
     return replace(
         costs,
         same_node=_link(costs.same_node, options.link_latency_ms, options.link_bytes_per_ms),

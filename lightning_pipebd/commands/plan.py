@@ -8,10 +8,13 @@ from collections.abc import Sequence
 
 from lightning_pipebd.commands.measured import measure_configured
 from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_options
+from lightning_pipebd.commands.pipeline_answer import plan_pipeline
+from lightning_pipebd.commands.waiting import waiting
 from lightning_pipebd.cost_tables import load_measurement, save_measurement
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
 Measure the blocks of a configured module in this process, and find the plan with the smallest step time for some
@@ -28,8 +31,8 @@ examples:
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; give its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Give what reads the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="pipebd plan",
         description=_DESCRIPTION,
@@ -41,6 +44,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--save-costs", help="write the costs to this YAML or JSON file")
     parser.add_argument("--no-cache", action="store_true", help="measure even if that was done before")
     add_options(parser)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; give its exit code."""
+    parser = make_parser()
     options, others = parser.parse_known_args(list(arguments))
     if options.costs and others:
         parser.error(f"with --costs nothing is configured, but {' '.join(others)} is given")
@@ -48,9 +57,13 @@ def run(arguments: Sequence[str]) -> int:
         if options.costs:
             measured = load_measurement(options.costs)
         else:
-            measured = measure_configured(others, num_ranks=options.devices, uses_cache=not options.no_cache)
+            with waiting("measuring the blocks"):
+                measured = measure_configured(others, num_ranks=options.devices, uses_cache=not options.no_cache)
+        if isinstance(measured, PipelineMeasurement):
+            plan_pipeline(options, measured)
+            return 0
         measurement = with_options(measured, options)
-        cluster = make_cluster(options, measurement.costs)
+        cluster = make_cluster(options, measurement.costs.devices[0].device_class)
         if options.save_costs:
             save_measurement(measurement, options.save_costs)
         outlook = Outlook.find(measurement, cluster, exactness=options.exactness, max_in_flight=options.max_in_flight)

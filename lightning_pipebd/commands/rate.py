@@ -17,7 +17,7 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.selection import select_candidates
 from lightning_pipebd.preflight import require_module
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
 Rate the candidates of every place of a trained student on validation data: each candidate's loss against the teacher's
@@ -32,8 +32,8 @@ examples:
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; give its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Give what reads the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="pipebd rate",
         description=_DESCRIPTION,
@@ -46,7 +46,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--max-parameters", type=int, help="of all chosen candidates together; default no limit")
     parser.add_argument("--json", action="store_true", help="print the result for machines")
     parser.add_argument("others", nargs="*", metavar="-- ARGUMENTS", help="further arguments of `pipebd fit`")
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; give its exit code."""
+    options = make_parser().parse_args(list(arguments))
     try:
         scores, chosen = _rate(options)
     except (ValueError, OSError) as error:

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from lightning_pipebd.commands.waiting import waiting
+
 __all__ = ["FitError", "add_fit_options", "pipebd_arguments", "short_fit"]
 
 _LINES_OF_FAILURE = 30
@@ -73,8 +75,8 @@ def short_fit(
     ]
     # Kernels may add in another order with another number of threads.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    sys.stderr.write(f"training {options.steps} steps with {title} ...\n")
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with waiting(f"training {options.steps} steps with {title}"):
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         tail = "\n".join(done.stdout.splitlines()[-_LINES_OF_FAILURE:])
         raise FitError(f"{tail}\nThe run with {title} failed (exit code {done.returncode}); see its output above.")

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_options
 from lightning_pipebd.cost_tables import load_measurement
 from lightning_pipebd.planning.explain import Exactness
+from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook, check_exactness
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import parse_plan
 from lightning_pipebd.planning.simulate import check_fit
 from lightning_pipebd.plans import load_plan
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
 Predict the step time, the use of every rank and its memory, from costs that `pipebd plan --save-costs` has written.
@@ -31,8 +33,8 @@ examples:
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; give its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Give what reads the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="pipebd simulate",
         description=_DESCRIPTION,
@@ -44,7 +46,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--plan", help="a plan's text, or a YAML file; the best plan by default")
     parser.add_argument("--rows", type=int, help="rows of the batch; those that were measured by default")
     add_options(parser)
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; give its exit code."""
+    options = make_parser().parse_args(list(arguments))
     try:
         report(options, _foresee(options))
     except (ValueError, OSError, ImportError) as error:
@@ -54,8 +61,8 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _foresee(options: argparse.Namespace) -> Outlook:
-    measurement = with_options(load_measurement(options.costs), options, num_rows=options.rows)
-    cluster = make_cluster(options, measurement.costs)
+    measurement = with_options(_load_blocks(options.costs), options, num_rows=options.rows)
+    cluster = make_cluster(options, measurement.costs.devices[0].device_class)
     if options.plan is None:
         return Outlook.find(measurement, cluster, exactness=options.exactness, max_in_flight=options.max_in_flight)
     outlook = Outlook(
@@ -75,3 +82,13 @@ def _read_plan(text: str, num_blocks: int, num_ranks: int) -> Plan:
     if text == "joint":
         return Plan.joint(num_blocks, num_ranks)
     return load_plan(text) if text.endswith((".yaml", ".yml")) else parse_plan(text, num_blocks=num_blocks)
+
+
+def _load_blocks(path: str) -> Measurement:
+    measurement = load_measurement(path)
+    if isinstance(measurement, PipelineMeasurement):
+        raise ValueError(
+            f"`--costs` must be of blocks that learn by themselves, but {path} is of a whole student. "
+            "`pipebd plan` finds plans for it."
+        )
+    return measurement

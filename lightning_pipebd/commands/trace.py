@@ -14,7 +14,7 @@ from lightning_pipebd.commands.short_fit import FitError, add_fit_options, pipeb
 from lightning_pipebd.commands.text import format_columns
 from lightning_pipebd.trace_summary import KINDS, summarise
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
 Train some steps under the plan, record what every rank does in the last of them, and write it as a file for
@@ -32,8 +32,8 @@ examples:
 _MAX_RECORDED = 8
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; give its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Give what reads the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="pipebd trace",
         description=_DESCRIPTION,
@@ -44,7 +44,12 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("timeline.json"), help="default timeline.json")
     parser.add_argument("--plot", type=Path, help="draw a picture as well (.svg or .png)")
     parser.add_argument("--report", type=Path, help="write a report of one page as well (.html or .md)")
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; give its exit code."""
+    options = make_parser().parse_args(list(arguments))
     recorded = min(_MAX_RECORDED, max(1, options.steps // 3))
     callback = {
         "class_path": "lightning_pipebd.timeline.Timeline",

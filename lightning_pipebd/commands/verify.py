@@ -14,7 +14,7 @@ from lightning_pipebd.commands.compare import BITWISE, DIFFERS, BlockComparison,
 from lightning_pipebd.commands.short_fit import FitError, add_fit_options, pipebd_arguments, short_fit
 from lightning_pipebd.commands.text import format_columns
 
-__all__ = ["run"]
+__all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
 Train the first steps of a configuration twice, in one process and under the plan, and compare the students block by
@@ -35,8 +35,8 @@ examples:
 """
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the command; give its exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """Give what reads the command's arguments."""
     parser = argparse.ArgumentParser(
         prog="pipebd verify",
         description=_DESCRIPTION,
@@ -45,7 +45,12 @@ def run(arguments: Sequence[str]) -> int:
     )
     add_fit_options(parser, steps=20)
     parser.add_argument("--tolerance", type=float, default=0.01, help="share of the way trained (default 0.01)")
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the command; give its exit code."""
+    options = make_parser().parse_args(list(arguments))
     try:
         found = _verify(options)
     except (FitError, OSError, ValueError) as error:

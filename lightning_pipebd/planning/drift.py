@@ -12,6 +12,7 @@ from lightning_pipebd.planning.costs import BlockTimes, CostTable, DeviceTimes
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.plan import PlanError
 from lightning_pipebd.planning.program import Kind
 
 __all__ = ["ObservedTimes", "adjust_costs", "find_better", "freeze_costs"]
@@ -106,9 +107,13 @@ def find_better(
     costs = freeze_costs(adjust_costs(outlook, observed), frozen, is_observed=seen.intersection(frozen_before))
     measurement: Measurement = replace(outlook.measurement, costs=costs)
     present = replace(outlook, measurement=measurement)
-    better = Outlook.find(
-        measurement, outlook.cluster, exactness=outlook.exactness_wanted, max_in_flight=outlook.max_in_flight
-    )
+    try:
+        better = Outlook.find(
+            measurement, outlook.cluster, exactness=outlook.exactness_wanted, max_in_flight=outlook.max_in_flight
+        )
+    except PlanError:
+        # Only a plan like that which the user gave fits the memory.
+        return None
     # An epoch's medians are surer than the few rounds that the noise was measured in.
     worth = max(_WORTH, min(costs.noise, _MOST_NOISE))
     is_worth_it = better.plan != present.plan and better.step_time_ms < (1 - worth) * present.step_time_ms

@@ -102,6 +102,8 @@ class PipelineMeasurement:
         same_node: Links between ranks of one node.
         other_node: Links between ranks of different nodes.
         step_ms: What a step takes beside everything else: an optimizer step without parameters.
+        send_ms: What a message takes of the sender's own time, however small it is.
+        recv_ms: What it takes of the receiver's.
         noise: Relative uncertainty of the times; smaller gains are no reason to cut batches more finely.
         device_class: Name of the devices.
         has_momentum: Whether the teacher follows the student.
@@ -136,6 +138,8 @@ class PipelineMeasurement:
     same_node: LinkCost = _FREE_LINK
     other_node: LinkCost = _FREE_LINK
     step_ms: float = 0.0
+    send_ms: float = 0.0
+    recv_ms: float = 0.0
     noise: float = 0.0
     device_class: str = "default"
     has_momentum: bool = False

@@ -150,6 +150,8 @@ def _pipeline_costs(measured: PipelineMeasurement, cluster: Cluster, num_micro_b
         update_ms=tuple(block.update_ms for block in measured.student),
         follow_ms=tuple(block.follow_ms for block in measured.teacher),
         step_ms=measured.step_ms,
+        send_ms=measured.send_ms,
+        recv_ms=measured.recv_ms,
         load_ms=measured.loader.occupation * load_ms,
         background_load_ms=(1 - measured.loader.occupation) * load_ms,
         stream_bytes=sizes,

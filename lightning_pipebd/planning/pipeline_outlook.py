@@ -216,4 +216,5 @@ class PipelineOutlook:
 
 
 def _describe(candidate: PipelineCandidate) -> str:
-    return f"{candidate.plan} with {candidate.num_micro_batches} micro-batches"
+    number = candidate.num_micro_batches
+    return f"{candidate.plan} with {'whole batches' if number == 1 else f'{number} micro-batches'}"

@@ -30,6 +30,8 @@ class PipelineCosts:
         update_ms: For every student block, the optimizer step; nothing where nothing is said.
         follow_ms: For every block of a momentum teacher, its following; nothing where nothing is said.
         step_ms: What every rank takes between two steps.
+        send_ms: What a message takes of the sender's own time, however small it is.
+        recv_ms: What it takes of the receiver's.
         load_ms: Loading, as far as it occupies the loading rank's own thread.
         background_load_ms: Loading beside it.
         stream_bytes: What each stream has at each place (block or boundary) for a whole batch; the rest is free.
@@ -44,6 +46,8 @@ class PipelineCosts:
     update_ms: tuple[float, ...] = ()
     follow_ms: tuple[float, ...] = ()
     step_ms: float = 0.0
+    send_ms: float = 0.0
+    recv_ms: float = 0.0
     load_ms: float = 0.0
     background_load_ms: float = 0.0
     stream_bytes: Mapping[Stream, Sequence[float]] = field(default_factory=dict)
@@ -189,7 +193,8 @@ def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -
             link = costs.link(program.rank, action.peer)
             occupation = link.send_occupation if is_send else link.receive_occupation
             kind = OperationKind.SEND if is_send else OperationKind.RECV
-            return Operation(kind, occupation * (link.latency_ms + wire_ms[number]), number)
+            overhead = costs.send_ms if is_send else costs.recv_ms
+            return Operation(kind, overhead + occupation * (link.latency_ms + wire_ms[number]), number)
         if action.kind is PipelineKind.LOAD and not action.is_next:
             return Operation(OperationKind.LOAD, costs.load_ms)
         return Operation(OperationKind.COMPUTE, _compute_ms(program, action, costs))

@@ -41,7 +41,7 @@ def check_block_map(
             )
             raise TypeError(msg)
     if not pairs:
-        msg = "`block_map` must have at least one pair of module paths, but is empty."
+        msg = "`block_map` must have at least one pair of module paths, but is empty. Write {'layer1': 'stage1'}."
         raise PartitionError(msg)
     resolve_paths(teacher, [path for path, _ in pairs], "teacher")
     resolve_paths(student, [path for _, path in pairs], "student")

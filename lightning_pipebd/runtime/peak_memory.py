@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["peak_bytes"]
+__all__ = ["peak_and_held_bytes", "peak_bytes"]
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
@@ -27,17 +27,31 @@ def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:
         >>> peak_bytes(lambda: torch.ones(1000).mul(2).sum(), torch.device("cpu")) >= 8000
         True
     """
+    return peak_and_held_bytes(work, device)[0]
+
+
+def peak_and_held_bytes(work: Callable[[], Any], device: torch.device) -> tuple[int, int]:
+    """Give the peak of :func:`peak_bytes`, and what is still held afterwards: by the result, or by what it was kept in.
+
+    Args:
+        work: What to run.
+        device: Where it computes.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        work()
+        result = work()
         torch.cuda.synchronize(device)
-        return max(0, torch.cuda.max_memory_allocated(device) - before)
+        held = torch.cuda.memory_allocated(device) - before
+        del result
+        return max(0, torch.cuda.max_memory_allocated(device) - before), max(0, held)
     follower = _Follower()
     with follower:
-        work()
-    return follower.peak
+        result = work()
+    held = follower.held
+    del result
+    return follower.peak, held
 
 
 class _Follower(TorchDispatchMode):
@@ -46,7 +60,7 @@ class _Follower(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own class
         self.peak = 0
-        self._held = 0
+        self.held = 0
         self._known: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,7 +71,7 @@ class _Follower(TorchDispatchMode):
         for leaf in pytree.tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self._note(leaf, is_new=True)
-        self.peak = max(self.peak, self._held)
+        self.peak = max(self.peak, self.held)
         return output
 
     def _note(self, tensor: Tensor, *, is_new: bool) -> None:
@@ -66,10 +80,10 @@ class _Follower(TorchDispatchMode):
         if key in self._known:
             return
         size = storage.nbytes() if is_new else 0
-        self._held += size
+        self.held += size
 
         def forget(_: Any) -> None:
-            self._held -= size
+            self.held -= size
             self._known.pop(key, None)
 
         self._known[key] = weakref.ref(storage, forget)

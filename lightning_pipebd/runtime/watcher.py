@@ -264,7 +264,7 @@ class Watcher:
         is_stall = "has made no progress" in culprit.reason
         advice = "\nIf this is no fault, raise `stall_timeout` of PipeBDStrategy." if is_stall else ""
         return (
-            f"Rank {self._rank} on {self._own.host} ends, because rank {culprit.rank} {culprit.reason}.\n"
+            f"Rank {self._rank} on {self._own.host} ends, because rank {culprit.rank} {culprit.reason.rstrip('.?')}.\n"
             f"{format_standings(self._standings, self._silent_s(), culprit.rank)}{self._table(standing)}{advice}"
         )
 

@@ -165,7 +165,7 @@ def test_a_found_plan_is_explained_and_compared_and_drawn(tmp_path: Path) -> Non
 
 
 def wrong_costs() -> PipeBDStrategy:
-    costs = constant_costs([(20, 1), (20, 1), (20, 80)])
+    costs = constant_costs([(200, 1), (200, 1), (200, 800)])
     return PipeBDStrategy(costs=Measurement(costs=costs, num_rows=4), exactness="bitwise")
 
 

@@ -92,7 +92,7 @@ class Plans(Callback):
 
 
 # Costs that are wrong on purpose, so that steps take other times than was foreseen; and right ones.
-WRONG = constant_costs([(1, 80), (2, 4), (2, 4)])
+WRONG = constant_costs([(1, 800), (2, 4), (2, 4)])
 RIGHT = constant_costs([(1, 4), (1, 12), (1, 12)])
 CASES: dict[str, tuple[Any, str | None, list[Callback]]] = {
     "a found plan": (WRONG, None, []),

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.distributed
 
-__all__ = ["SEED", "RankError", "run_processes", "run_threads", "seed_generators"]
+__all__ = ["SEED", "RankError", "find_free_port", "run_processes", "run_threads", "seed_generators"]
 
 #: Every test and every rank starts from this seed.
 SEED = 1234
@@ -164,7 +164,7 @@ def _run_processes(num_ranks: int, payload: bytes, timeout: float, num_attempts:
 
 
 def _run_processes_once(num_ranks: int, payload: bytes, timeout: float) -> list[Any]:
-    environment = {**os.environ, **_launcher_environment(num_ranks, _find_free_port())}
+    environment = {**os.environ, **_launcher_environment(num_ranks, find_free_port())}
     children: list[_Child] = []
     with tempfile.TemporaryDirectory() as directory:
         try:
@@ -188,7 +188,8 @@ def _context() -> ForkServerContext:
     return context
 
 
-def _find_free_port() -> int:
+def find_free_port() -> int:
+    """Give a port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -21,7 +21,7 @@ from lightning_pipebd import PipeBDStrategy
 from tests.helpers.ranks import RankError, run_processes
 from tests.helpers.toy import ToyData, ToyStream, make_module
 
-__all__ = ["Leg", "run_leg", "states_of"]
+__all__ = ["Leg", "run_leg", "states_of", "train_leg"]
 
 NUM_ROWS, BATCH_SIZE, NUM_EPOCHS = 42, 4, 3
 
@@ -79,10 +79,10 @@ class Killer(Callback):
 def run_leg(leg: Leg, directory: Path, *, timeout: float = 100.0) -> dict[str, Any] | None:
     """Start the script once; gives the final states, or nothing if it was killed."""
     if leg.kill_at is None:
-        states: dict[str, Any] = run_processes(leg.num_ranks, _train, leg, str(directory), timeout=timeout)[0]
+        states: dict[str, Any] = run_processes(leg.num_ranks, train_leg, leg, str(directory), timeout=timeout)[0]
         return states
     with contextlib.suppress(RankError):
-        run_processes(leg.num_ranks, _train, leg, str(directory), timeout=timeout)
+        run_processes(leg.num_ranks, train_leg, leg, str(directory), timeout=timeout)
     return None
 
 
@@ -108,7 +108,8 @@ def _make_loader(leg: Leg, module: Any) -> DataLoader[Any]:
     return DataLoader(data, batch_size=BATCH_SIZE, shuffle=True, **options)
 
 
-def _train(rank: int, leg: Leg, directory: str) -> dict[str, Any]:
+def train_leg(rank: int, leg: Leg, directory: str) -> dict[str, Any]:
+    """Train on one rank."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     seed_everything(3, verbose=False)

@@ -22,23 +22,29 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_script(
-    arguments: Sequence[str], environment: Mapping[str, str], *, num_ranks: int = 1, timeout: float = 180.0
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    num_ranks: int = 1,
+    folder: Path = ROOT,
+    timeout: float = 180.0,
 ) -> str:
-    """Run ``python ARGUMENTS`` from the repository's root in one process per rank and give what rank 0 printed.
+    """Run ``python ARGUMENTS`` in one process per rank and give what rank 0 printed.
 
     Args:
         arguments: A script and what follows it, or `-m` and a module.
         environment: Variables to set.
         num_ranks: Processes; the script finds the environment that an external launcher leaves.
+        folder: Where it runs; the repository's root by default.
         timeout: Seconds after which a missing end is an error.
     """
-    output: str = run_processes(num_ranks, _run, list(arguments), dict(environment), timeout=timeout)[0]
+    output: str = run_processes(num_ranks, _run, list(arguments), dict(environment), folder, timeout=timeout)[0]
     return output
 
 
-def _run(rank: int, arguments: list[str], environment: dict[str, str]) -> str:
+def _run(rank: int, arguments: list[str], environment: dict[str, str], folder: Path) -> str:
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         try:
@@ -52,9 +58,9 @@ def _run(rank: int, arguments: list[str], environment: dict[str, str]) -> str:
 def _run_main(arguments: list[str]) -> None:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
-        sys.path.insert(0, str(ROOT))
+        sys.path.insert(0, os.getcwd())
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = arguments
-        sys.path.insert(0, str((ROOT / arguments[0]).parent))
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
         runpy.run_path(arguments[0], run_name="__main__")

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -21,7 +21,17 @@ from tests.helpers.ranks import run_processes
 from tests.helpers.toy import NUM_CLASSES, ToyData
 from tests.helpers.training import load
 
-__all__ = ["WHOLE_STUDENTS", "Byol", "Contrast", "Convolutional", "Distil", "WholeRun", "run_here", "train_whole"]
+__all__ = [
+    "WHOLE_STUDENTS",
+    "Byol",
+    "Contrast",
+    "Convolutional",
+    "Distil",
+    "WholeData",
+    "WholeRun",
+    "run_here",
+    "train_whole",
+]
 
 WIDTH = 6
 
@@ -34,6 +44,7 @@ def perceptron(width: int, depth: int, outputs: int = NUM_CLASSES) -> nn.Sequent
 
 class _Whole(TeacherStudentModule):
     shape: tuple[int, ...] = (WIDTH,)
+    tokens = False
 
     def configure_optimizers(self) -> Any:
         parameters = self.trainable_parameters()
@@ -126,6 +137,13 @@ class Convolutional(_Whole):
         return F.mse_loss(student_output, teacher_output) + F.cross_entropy(student_output, targets)
 
 
+class WholeData(LightningDataModule):
+    """What the command line trains the perceptrons on."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(ToyData(16, (WIDTH,)), batch_size=8)
+
+
 WHOLE_STUDENTS: dict[str, Callable[[], Any]] = {
     "distil": Distil,
     "byol": Byol,
@@ -142,7 +160,7 @@ class WholeRun:
 
     Args:
         module: Name of a toy module.
-        plan: Text of a plan; ``None`` trains under plain Lightning in one process.
+        plan: Text of a plan, empty to have one found; ``None`` trains under plain Lightning in one process.
         num_ranks: Processes.
         options: Of the strategy.
         strategy: Lightning's, where there is no plan.
@@ -201,7 +219,7 @@ def run_here(run: WholeRun, path: str | None = None) -> Trainer:
             "enable_progress_bar": False,
             "enable_model_summary": False,
         }
-        strategy = run.strategy if run.plan is None else PipeBDStrategy(plan=run.plan, **run.options)
+        strategy = run.strategy if run.plan is None else PipeBDStrategy(plan=run.plan or None, **run.options)
         trainer = Trainer(accelerator="cpu", devices=run.num_ranks, strategy=strategy, **{**defaults, **run.trainer})
         trainer.fit(module, loader, validation, ckpt_path=run.resume)
         if path is not None:

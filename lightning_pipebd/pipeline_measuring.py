@@ -1,0 +1,279 @@
+"""Measuring a whole student, its teacher and their loss: one table of the findings of all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+
+from lightning_pipebd.bench import Bench, TimedNews, bring_batch, share_first_batch
+from lightning_pipebd.cost_tables import MeasurementCache
+from lightning_pipebd.first_batch import FirstBatch
+from lightning_pipebd.loop_costs import measure_loop
+from lightning_pipebd.machines import Machine
+from lightning_pipebd.measurement_key import measurement_key
+from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
+from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement, StudentBlockCosts, TeacherBlockCosts
+from lightning_pipebd.runtime.agreement import done_by_all, done_by_rank_zero
+from lightning_pipebd.runtime.link_probe import Links, measure_links, probe_edges, probe_groups
+from lightning_pipebd.runtime.momentum import MomentumBlock, MomentumTeacher, block_tensors
+from lightning_pipebd.runtime.optimizer_costs import measure_updates
+from lightning_pipebd.runtime.partition import Partition, has_batch_statistics, is_stochastic
+from lightning_pipebd.runtime.pipeline_profiler import PipelineParts, PipelineProfile, PipelineProfiler
+from lightning_pipebd.runtime.row_trees import count_rows
+from lightning_pipebd.runtime.sampling import device_clock, median_ms
+from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
+from lightning_pipebd.teacher_student import TeacherStudentModule
+
+__all__ = ["coupled_blocks", "measure_pipeline"]
+
+_LEAST_NOISE, _MOST_NOISE = 0.01, 0.5
+# A batch, a rank's part of it, and the smallest micro-batches that are looked at; the others lie between.
+_PARTS_PER_RANK = (1, 2, 4)
+_NUM_FOLLOWS = 6
+
+
+def coupled_blocks(module: TeacherStudentModule) -> list[int]:
+    """List the student blocks whose result depends on how a batch is cut."""
+    models = _student_modules(module)
+    return [
+        block
+        for block, own in enumerate(models)
+        if any(has_batch_statistics(model) or is_stochastic(model) for model in own)
+    ]
+
+
+def measure_pipeline(
+    bench: Bench[TeacherStudentModule],
+    optimizers: Sequence[Optimizer],
+    machines: Sequence[Machine],
+    *,
+    num_ranks: int,
+    looks_ahead: bool,
+    cache: MeasurementCache | None = None,
+) -> PipelineMeasurement | None:
+    """**Collective** over all ranks: measure everything a plan is judged by, or find it in the cache.
+
+    Args:
+        bench: What to measure with.
+        optimizers: The user's, over all parameters.
+        machines: Of every rank.
+        num_ranks: Ranks for which plans will be sought: their micro-batches are measured, too.
+        looks_ahead: Whether the teacher may work on the next batch.
+        cache: Where measurements are kept; `None` keeps none.
+
+    Returns:
+        The same on every rank; `None` if there is no batch to train on.
+
+    Raises:
+        ValueError: The loader can be iterated only once.
+    """
+    with preserved_random_states():
+        first = share_first_batch(bench, _refuse_iterator)
+        if first.batch is None:
+            return None
+        inputs, labels = bring_batch(bench, first.batch)
+    key = measurement_key(
+        bench.module,
+        (inputs, labels),
+        optimizers,
+        bench.plugin,
+        machines=[machine[:3] for machine in machines],
+        num_ranks=num_ranks,
+        is_synchronised=False,
+    )
+    known = done_by_rank_zero(bench.transport, lambda: cache.find(key) if cache else None)
+    if isinstance(known, PipelineMeasurement):
+        bench.tell(f"Costs measured before are in {cache.path(key) if cache else ''}.")
+        # Loading is the one thing that no key can name.
+        return replace(known, loader=first.loader, looks_ahead=looks_ahead)
+    number = bench.module.num_teacher_blocks + bench.module.num_student_blocks
+    bench.tell(f"Measuring {number} blocks on a batch of {count_rows(inputs)} rows.")
+    start = time.perf_counter()
+    measurement = _measure(bench, optimizers, machines, (inputs, labels), first, num_ranks)
+    bench.tell(f"Measured in {time.perf_counter() - start:.1f} s.")
+    if cache is not None and bench.transport.rank == 0:
+        cache.keep(key, measurement)
+    return replace(measurement, looks_ahead=looks_ahead)
+
+
+def _refuse_iterator() -> FirstBatch:
+    msg = (
+        "`plan` must be given if the training data is an iterator that runs only once: looking at its first batch "
+        "would take that batch away. Give a plan, or a loader that can be iterated again."
+    )
+    raise ValueError(msg)
+
+
+class _Findings(NamedTuple):
+    """What one rank measured."""
+
+    profile: PipelineProfile
+    update_ms: dict[int, float]
+    optimizer_bytes: dict[int, int]
+    follow_ms: dict[int, float]
+    step_ms: float
+
+
+def _measure(
+    bench: Bench[TeacherStudentModule],
+    optimizers: Sequence[Optimizer],
+    machines: Sequence[Machine],
+    batch: tuple[Any, Any],
+    first: FirstBatch,
+    num_ranks: int,
+) -> PipelineMeasurement:
+    transport = bench.transport
+    nodes = [machine.node for machine in machines]
+    transport.connect(probe_edges(nodes), probe_groups(len(nodes)))
+    links = measure_links(transport, nodes, bench.device, num_threads=machines[0].num_threads)
+    findings = done_by_all(transport, lambda: _measure_own(bench, optimizers, batch, num_ranks))
+    return done_by_rank_zero(transport, lambda: _put_together(bench, machines, batch, first, links, findings))
+
+
+def _measure_own(
+    bench: Bench[TeacherStudentModule], optimizers: Sequence[Optimizer], batch: tuple[Any, Any], num_ranks: int
+) -> _Findings:
+    module, (rank, num_peers) = bench.module, (bench.transport.rank, bench.transport.num_ranks)
+    inputs, labels = batch
+    num_rows = count_rows(inputs)
+    own_teacher, own_student = (
+        range(rank, number, num_peers) for number in (module.num_teacher_blocks, module.num_student_blocks)
+    )
+    parts = -(-num_rows // num_ranks)
+    counts = {-(-parts // part) for part in _PARTS_PER_RANK} if num_rows > 1 else set()
+    with untouched([], alone=[module]), module.not_logging():
+        profile = PipelineProfiler(
+            PipelineBlockJobs(module, bench.plugin),
+            _parts(module),
+            bench.device,
+            num_rows=num_rows,
+            row_counts=sorted(counts),
+            is_full_batch=module.full_batch_loss,
+        ).profile(
+            (module.teacher_inputs(inputs), inputs, labels),
+            (own_teacher, own_student),
+            measures_loss=rank == 0,
+            tell=TimedNews(bench.tell),
+        )
+    updates = measure_updates(optimizers, [module.student_parameters(block) for block in own_student], bench.device)
+    return _Findings(
+        profile,
+        dict(zip(own_student, updates.update_ms, strict=True)),
+        dict(zip(own_student, updates.optimizer_bytes, strict=True)),
+        {block: _time_follow(module, block, bench.device) for block in own_teacher if module.momentum is not None},
+        updates.step_ms + measure_loop(),
+    )
+
+
+def _time_follow(module: TeacherStudentModule, block: int, device: torch.device) -> float:
+    """Time a momentum teacher's step on copies."""
+    names = [module.cuts.student.parameter_names[block], module.cuts.student.buffer_names[block]]
+    own = [tensor.detach().to(device, copy=True) for part in names for tensor in block_tensors(module.student, part)]
+    momentum = MomentumTeacher([MomentumBlock(own, [tensor.clone() for tensor in own])])
+    now_ms, times = device_clock(device), []
+    for _ in range(_NUM_FOLLOWS):
+        start = now_ms()
+        momentum.follow(0, 0.5)
+        times.append(now_ms() - start)
+    return median_ms(times[1:])
+
+
+def _student_modules(module: TeacherStudentModule) -> list[list[nn.Module]]:
+    models: list[list[nn.Module]] = [[model] for model in module.cuts.student.blocks]
+    if module.predictor is not None:
+        models[-1].append(module.predictor)
+    return models
+
+
+def _parts(module: TeacherStudentModule) -> PipelineParts:
+    models = ("student", "teacher", "average", "predictor")
+    return PipelineParts(
+        teacher=[[model] for model in module.cuts.teacher.blocks],
+        student=_student_modules(module),
+        loss=[child for name, child in module.named_children() if name not in models],
+        owner=module,
+    )
+
+
+def _put_together(
+    bench: Bench[TeacherStudentModule],
+    machines: Sequence[Machine],
+    batch: tuple[Any, Any],
+    first: FirstBatch,
+    links: Links,
+    findings: Sequence[_Findings],
+) -> PipelineMeasurement:
+    module, (inputs, labels) = bench.module, batch
+    num_rows = count_rows(inputs)
+    loss_ms = findings[0].profile.loss_ms
+    assert loss_ms is not None
+    noise = max(found.profile.noise for found in findings)
+    return PipelineMeasurement(
+        teacher=tuple(_teacher_costs(module, block, findings) for block in range(module.num_teacher_blocks)),
+        student=tuple(_student_costs(module, block, findings) for block in range(module.num_student_blocks)),
+        num_rows=num_rows,
+        loss_ms=loss_ms,
+        teacher_input_bytes_per_row=_bytes_per_row(module.teacher_inputs(inputs), num_rows),
+        student_input_bytes_per_row=_bytes_per_row(inputs, num_rows),
+        target_bytes_per_row=_bytes_per_row(labels, num_rows),
+        loader=first.loader,
+        same_node=links.same_node,
+        other_node=links.other_node,
+        step_ms=max(found.step_ms for found in findings),
+        send_ms=links.overheads.send_ms,
+        recv_ms=links.overheads.recv_ms,
+        noise=min(max(noise, _LEAST_NOISE), _MOST_NOISE),
+        device_class=machines[0].device_class,
+        has_momentum=module.momentum is not None,
+        is_full_batch=module.full_batch_loss,
+        coupled_blocks=tuple(coupled_blocks(module)),
+        whole_reason=next((found.profile.whole_reason for found in findings if found.profile.whole_reason), ""),
+    )
+
+
+def _teacher_costs(module: TeacherStudentModule, block: int, findings: Sequence[_Findings]) -> TeacherBlockCosts:
+    found = findings[block % len(findings)]
+    own = found.profile.teacher[block]
+    return TeacherBlockCosts(
+        name=_name(module.cuts.teacher, block),
+        teach_ms=own.teach_ms,
+        follow_ms=found.follow_ms.get(block, 0.0),
+        parameter_bytes=sum(tensor.nbytes for tensor in module.teacher_tensors(block)),
+        teach_bytes_per_row=own.work_bytes,
+        output_bytes_per_row=own.output_bytes,
+    )
+
+
+def _student_costs(module: TeacherStudentModule, block: int, findings: Sequence[_Findings]) -> StudentBlockCosts:
+    found = findings[block % len(findings)]
+    own = found.profile.student[block]
+    trained = [parameter for parameter in module.student_parameters(block) if parameter.requires_grad]
+    return StudentBlockCosts(
+        name=_name(module.cuts.student, block),
+        forward_ms=own.forward_ms,
+        backward_ms=own.backward_ms,
+        update_ms=found.update_ms[block],
+        parameter_bytes=sum(tensor.nbytes for tensor in module.student_tensors(block)),
+        gradient_bytes=sum(parameter.nbytes for parameter in trained),
+        optimizer_bytes=found.optimizer_bytes[block],
+        held_bytes_per_row=own.held_bytes,
+        work_bytes_per_row=own.work_bytes,
+        output_bytes_per_row=own.output_bytes,
+    )
+
+
+def _name(partition: Partition, block: int) -> str:
+    """Name a block by its first parameter's module, as far as it has one."""
+    names = partition.parameter_names[block]
+    return names[0].rpartition(".")[0] or names[0] if names else "no parameters"
+
+
+def _bytes_per_row(tree: Any, num_rows: int) -> int:
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)) // num_rows

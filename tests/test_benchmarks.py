@@ -1,0 +1,85 @@
+"""Benchmarks run in their smallest form: what they print is of no use, but they print it."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.baselines.variants import VARIANTS, Chores
+from benchmarks.emulated.cost_tables import TABLES, scaled, work_bound_ms
+from benchmarks.shared.tables import Spread, interleave, markdown_table, ratios
+
+ROOT = Path(__file__).parent.parent
+MAINS = sorted(ROOT.glob("benchmarks/*/main.py"))
+
+#: Both in one process, because starting costs more than running.
+_SMALLEST = """
+from benchmarks.baselines.main import main as baselines
+from benchmarks.emulated.main import main as emulated
+baselines(["--models", "thin", "--repeats", "1", "--steps", "1"])
+emulated(["--ranks", "2", "--tables", "Pipe-BD", "--repeats", "1", "--steps", "1", "--work-ms", "20"])
+"""
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    finished = subprocess.run(
+        [sys.executable, "-c", _SMALLEST], cwd=ROOT, capture_output=True, text=True, timeout=350, check=False
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.mark.parametrize("path", MAINS, ids=[path.parent.name for path in MAINS])
+def test_every_benchmark_can_be_imported_and_says_what_it_is(path: Path) -> None:
+    module = importlib.import_module(f"benchmarks.{path.parent.name}.main")
+    assert f"benchmarks.{path.parent.name}.main" in module.__doc__ or f"{path.parent.name}/main.py" in module.__doc__
+
+
+@pytest.mark.spawn
+@pytest.mark.slow
+def test_baselines_print_a_line_for_every_variant(printed: str) -> None:
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    for name in VARIANTS:
+        cells = next(line for line in lines if line.startswith(f"| {name} |")).split(" | ")
+        assert float(cells[1].split()[0]) > 0
+
+
+@pytest.mark.spawn
+@pytest.mark.slow
+def test_emulated_ranks_print_a_line_for_every_family(printed: str) -> None:
+    lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 2 ranks")]
+    assert any("automatic" in line[1] for line in lines)
+    for line in lines:
+        assert float(line[3].split()[0]) > 0
+    assert {"joint", "straight"} <= {line[1] for line in lines} | {line[1].strip("*").split(": ")[-1] for line in lines}
+
+
+def test_blocks_are_packed_so_that_the_slower_process_is_as_fast_as_possible() -> None:
+    chores = Chores(teach_ms=(1.0, 1.0, 1.0), learn_ms=(1.0, 2.0, 5.0), load_ms=0.5)
+    # Alone the blocks take 2.5, 4.5 and 8.5 ms.
+    assert chores.pack(chores.in_turn_ms) == ((0, 1), (2,))
+    assert [chores.in_turn_ms(blocks) for blocks in ((0, 1), (2,))] == [7.0, 8.5]
+    assert chores.task_ms((0, 1)) == 5.5
+    assert chores.cut == 2
+
+
+def test_a_table_is_scaled_to_the_work_of_a_step() -> None:
+    for table in TABLES.values():
+        assert work_bound_ms(scaled(table, 8, 300.0), 8) == pytest.approx(300.0)
+
+
+def test_rounds_are_interleaved_and_ratios_are_taken_within_a_round() -> None:
+    order: list[str] = []
+    found = interleave("ab", 2, lambda name: order.append(name) or len(order))
+    assert order == ["a", "b", "a", "b"]
+    assert found == {"a": [1, 3], "b": [2, 4]}
+    assert ratios([8.0, 3.0, 9.0], [2.0, 1.0, 9.0]) == Spread(3.0, 1.0, 4.0)
+
+
+def test_a_bar_does_not_end_a_cell_of_a_table() -> None:
+    assert markdown_table(["plan"], [["0|1"]]).splitlines()[2] == "| 0\\|1 |"
