@@ -38,7 +38,6 @@ from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.preflight import check_callbacks, check_schedulers
 from lightning_pipebd.replanning import Replanning
 from lightning_pipebd.row_loader import RowLoader
-from lightning_pipebd.runtime.freed_memory import give_memory_back, keep_freed_memory
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession
 from lightning_pipebd.session_choice import PlanRequest, SessionChoice, check_session_optimizers, require_module
@@ -197,7 +196,6 @@ class PipeBDStrategy(Replanning):
             self.setup_precision_plugin()
             return
         check_callbacks(trainer)
-        keep_freed_memory(self.root_device)
         choice = SessionChoice.open(
             self._request,
             self,
@@ -394,7 +392,6 @@ class PipeBDStrategy(Replanning):
         # The session stays: `trainer.save_checkpoint` after `fit` asks for the optimizer's state.
         if self._session is not None:
             self._session.end()
-            give_memory_back(self.root_device)
         self._share_logs(False)
         tie_to_launcher(is_tied=False)
         super().teardown()
