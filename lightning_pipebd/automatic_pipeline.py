@@ -54,12 +54,17 @@ def check_pipeline_request(
     Raises:
         PlanError: Batches would be cut more finely than the exactness that was asked for allows.
         CostError: The costs are of another module.
-        ValueError: Plans shall change between epochs.
+        ValueError: Plans shall change between epochs, or be tried.
     """
     if finder.replans:
         raise ValueError(
             "`replan` must be left out for a TeacherStudentModule: the stages of a whole student do not move while it "
             "trains. Start anew from a checkpoint: the plan is found again."
+        )
+    if finder.trials:
+        raise ValueError(
+            "`trials` must be left out for a TeacherStudentModule: its plans are judged by predictions alone. Give a "
+            "`plan` to compare it yourself."
         )
     costs = finder.costs
     if costs is not None:

@@ -33,6 +33,7 @@ from lightning_pipebd.plans import resolve_plan
 from lightning_pipebd.runtime.agreement import done_by_rank_zero
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 from lightning_pipebd.runtime.transport import Transport
+from lightning_pipebd.trials import try_plans
 
 __all__ = [
     "FoundPlan",
@@ -83,6 +84,7 @@ class PlanFinder:
         memory_limit: Bytes that each rank may use.
         costs: Costs to use instead of measuring.
         max_in_flight: Steps by which a rank may run ahead.
+        trials: Plans to try before one is chosen, where predictions cannot decide; 0 tries none.
         replan: `"epoch"` to look for a better plan at the end of every epoch; `None` to keep the plan.
 
     Raises:
@@ -101,6 +103,7 @@ class PlanFinder:
         costs: str | CostTable | Measurement | PipelineMeasurement | None,
         max_in_flight: int,
         replan: str | None = None,
+        trials: int = 0,
     ) -> None:
         if exactness is not None and exactness not in [level.value for level in _LEVELS]:
             raise ValueError(
@@ -109,7 +112,10 @@ class PlanFinder:
             )
         if replan not in (None, "epoch"):
             raise ValueError(f"`replan` must be 'epoch' or None, but is {replan!r}. Choose one of them.")
+        if trials < 0 or trials == 1:
+            raise ValueError(f"`trials` must be 0, or at least 2 plans to compare, but is {trials}. Use 3, or 0.")
         self.replans = replan is not None
+        self._trials = trials
         self._given = plan
         self._exactness = None if exactness is None else Exactness(exactness)
         self._memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
@@ -125,6 +131,11 @@ class PlanFinder:
     def costs(self) -> CostTable | Measurement | PipelineMeasurement | None:
         """What the user gave as the costs."""
         return self._costs
+
+    @property
+    def trials(self) -> int:
+        """Plans to try."""
+        return self._trials
 
     @property
     def exactness(self) -> Exactness | None:
@@ -201,6 +212,7 @@ class PlanFinder:
             return FoundPlan(given or Plan.straight([bench.module.num_blocks, *[0] * (len(machines) - 1)]), None)
         cluster = _fitting_cluster(find_cluster(machines, self._memory_limit), measurement.costs)
         outlook = done_by_rank_zero(bench.transport, lambda: self._look(given, measurement, cluster))
+        outlook = try_plans(bench, outlook, self._trials)
         return FoundPlan(outlook.plan, outlook)
 
     def _look(self, given: Plan | None, measurement: Measurement, cluster: Cluster) -> Outlook:

@@ -35,7 +35,7 @@ from lightning_pipebd.runtime.profiler import BlockParts, BlockProfile, measured
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 
-__all__ = ["block_traits", "count_batch_rows", "measure_module"]
+__all__ = ["block_traits", "count_batch_rows", "first_batch", "measure_module"]
 
 _LEAST_NOISE, _MOST_NOISE = 0.01, 0.5
 # Beside all noise, predicted step times of different plans have been found this much off against each other.
@@ -110,9 +110,15 @@ def measure_module(
 
 def count_batch_rows(bench: Bench[BlockwiseDistillationModule]) -> int | None:
     """**Collective** over all ranks: count the rows of the first batch; `None` if there is none."""
+    batch = first_batch(bench)
+    return None if batch is None else count_rows(batch[0])
+
+
+def first_batch(bench: Bench[BlockwiseDistillationModule]) -> tuple[Any, Any] | None:
+    """**Collective** over all ranks: give input and labels of the first batch, on the device; `None` without one."""
     with preserved_random_states():
         first = share_first_batch(bench, lambda: _example(bench))
-        return None if first.batch is None else count_rows(bring_batch(bench, first.batch)[0])
+        return None if first.batch is None else bring_batch(bench, first.batch)
 
 
 def _example(bench: Bench[BlockwiseDistillationModule]) -> FirstBatch:

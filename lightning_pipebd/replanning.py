@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_pipebd.automatic_pipeline import FoundPipeline
-from lightning_pipebd.automatic_plan import FoundPlan
+from lightning_pipebd.automatic_plan import FoundPlan, UnreadLoader
 from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
 from lightning_pipebd.checkpoint import share_from_zero
 from lightning_pipebd.planning.outlook import Outlook
@@ -27,9 +27,11 @@ class Replanning(CheckedCheckpoints):
     _time_limits: tuple[timedelta | None, timedelta]
     _found: FoundPlan | FoundPipeline | None
 
-    def epochwise(self, loader: Any) -> Any:
-        """Give a training loader whose epochs begin with the plan that is then best."""
-        return EpochwiseLoader(self, loader)
+    def training_loader(self, loader: Any, *, replans: bool) -> Any:
+        """Give what this rank iterates over; if the plan may change, every epoch begins with the plan of then."""
+        if self._session is None:
+            return UnreadLoader(loader)
+        return EpochwiseLoader(self, loader) if replans else self.load_by_plan(loader)
 
     def load_by_plan(self, loader: Any) -> Any:
         """Give what this rank iterates over under the present plan."""

@@ -90,7 +90,7 @@ class RowLoader:
     @property
     def keeps_its_own_position(self) -> bool:
         """Whether the user's loader is stateful: Lightning keeps its state in checkpoints, and it goes on by itself."""
-        return hasattr(self._loader, "state_dict") and hasattr(self._loader, "load_state_dict")
+        return _has_state(self._loader)
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -171,8 +171,14 @@ class _RowSampler:
 
 def has_batches_of_indices(loader: object) -> bool:
     """Tell whether a rank can ask the loader's dataset for its rows alone."""
-    # Another collate function may look at the whole batch (padding to its longest row): it gets whole batches.
-    return isinstance(loader, DataLoader) and _draws_batches(loader) and loader.collate_fn is default_collate
+    # Another collate function may look at the whole batch (padding to its longest row): it gets whole batches. So does
+    # a loader with a state, which counts what it has given.
+    is_plain = isinstance(loader, DataLoader) and loader.collate_fn is default_collate
+    return is_plain and _draws_batches(loader) and not _has_state(loader)
+
+
+def _has_state(loader: object) -> bool:
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def _draws_batches(loader: object) -> bool:

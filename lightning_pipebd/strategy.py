@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipebd.automatic_pipeline import FoundPipeline
-from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, UnreadLoader
+from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder
 from lightning_pipebd.checkpoint import synchronise_models
 from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
 from lightning_pipebd.evaluation import CompleteValues
@@ -65,13 +65,12 @@ class PipeBDStrategy(Replanning):
             text, ``"0-3|4-7 / 0-1|2-3"`` for models cut differently, or a :class:`~lightning_pipebd.PipelinePlan`.
         exactness: How closely the student of one process must be reproduced: ``"bitwise"`` divides no rows; ``None``,
             as ``"summation"``, also divides the rows of blocks for which that changes only the order of sums.
-        memory_limit: Memory that each rank may use, such as ``"16GiB"``; a plan that needs more is refused. ``None``
-            takes what a GPU has free, and on CPU no limit.
-        costs: Costs to plan with instead of measuring: the path of a file that ``pipebd plan --save-costs`` wrote, or
-            a :class:`~lightning_pipebd.planning.costs.CostTable`.
-        replan: ``"epoch"`` goes on with another plan from epoch to epoch, where steps take other times than was
-            foreseen, or blocks were frozen, and another plan is then faster; the student is that of one process all
-            the same. ``None`` only tells.
+        memory_limit: Memory that each rank may use, such as ``"16GiB"``; ``None`` takes what a GPU has free.
+        costs: Costs to plan with instead of measuring: a file that ``pipebd plan --save-costs`` wrote, or a
+            :class:`~lightning_pipebd.planning.costs.CostTable`.
+        trials: How many plans to try for some steps, where predictions cannot tell which is the fastest.
+        replan: ``"epoch"`` goes on with another plan, and the same student, where the last epoch's times, or frozen
+            blocks, make one faster; ``None`` only tells.
         max_in_flight: Steps of boundaries that wait at the receiver, and as many under way to it, at least 1: a rank
             runs ahead of its receiver by up to twice that. More hides more jitter and holds more activations.
         num_micro_batches: Parts of each batch of a TeacherStudentModule along time; ``None`` chooses it with
@@ -99,6 +98,7 @@ class PipeBDStrategy(Replanning):
         exactness: str | None = None,
         memory_limit: str | int | None = None,
         costs: str | CostTable | Measurement | PipelineMeasurement | None = None,
+        trials: int = 0,
         replan: str | None = None,
         max_in_flight: int = 2,
         num_micro_batches: int | None = None,
@@ -124,6 +124,7 @@ class PipeBDStrategy(Replanning):
             costs=costs,
             max_in_flight=max_in_flight,
             replan=replan,
+            trials=trials,
         )
         self._request = PlanRequest(finder, PipelineOptions(num_micro_batches, schedule, split_backward))
         self._found: FoundPlan | FoundPipeline | None = None
@@ -238,9 +239,7 @@ class PipeBDStrategy(Replanning):
         assert self._transport is not None
         check_loader(dataloader)
         if module.trainer.training:
-            if self._session is None:
-                return UnreadLoader(dataloader)
-            return self.epochwise(dataloader) if self._request.finder.replans else self.load_by_plan(dataloader)
+            return self.training_loader(dataloader, replans=self._request.finder.replans)
         if module.trainer.predicting:
             return dataloader
         rank, num_ranks = self._transport.rank, self._transport.num_ranks

@@ -24,10 +24,10 @@ LIGHTNING_INTERNALS = "lightning_internals"
 FLOORS = {
     "planning": {f"{PACKAGE}.planning"},
     "runtime": {"torch", "typing_extensions", f"{PACKAGE}.planning", f"{PACKAGE}.runtime"},
-    # safetensors and matplotlib are optional, and imported where they are asked for.
+    # safetensors, matplotlib, rich and shtab are optional, and imported where they are asked for.
     "": {
         *("torch", "typing_extensions", "lightning", "torchmetrics", "jsonargparse", "yaml"),
-        *("safetensors", "matplotlib", PACKAGE),
+        *("safetensors", "matplotlib", "rich", "shtab", PACKAGE),
     },
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +17,24 @@ from benchmarks.shared.tables import Spread, interleave, markdown_table, ratios
 ROOT = Path(__file__).parent.parent
 MAINS = sorted(ROOT.glob("benchmarks/*/main.py"))
 
-#: Both in one process, because starting costs more than running.
+#: All in one process, because starting costs more than running.
 _SMALLEST = """
 from benchmarks.baselines.main import main as baselines
 from benchmarks.emulated.main import main as emulated
 baselines(["--models", "thin", "--repeats", "1", "--steps", "1"])
 emulated(["--ranks", "2", "--tables", "Pipe-BD", "--repeats", "1", "--steps", "1", "--work-ms", "20"])
+from benchmarks.shared.ranks import run_side_by_side
+try:
+    run_side_by_side(divmod, [(1, 1), (1, 0)])
+except RuntimeError as error:
+    print(f"failed: {error}")
 """
 
 
 @pytest.fixture(scope="module")
 def printed() -> str:
     finished = subprocess.run(
-        [sys.executable, "-c", _SMALLEST], cwd=ROOT, capture_output=True, text=True, timeout=350, check=False
+        [sys.executable, "-c", _SMALLEST], cwd=ROOT, capture_output=True, text=True, timeout=550, check=False
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
@@ -42,6 +48,7 @@ def test_every_benchmark_can_be_imported_and_says_what_it_is(path: Path) -> None
 
 @pytest.mark.spawn
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_baselines_print_a_line_for_every_variant(printed: str) -> None:
     lines = [line for line in printed.splitlines() if line.startswith("| ")]
     for name in VARIANTS:
@@ -51,12 +58,20 @@ def test_baselines_print_a_line_for_every_variant(printed: str) -> None:
 
 @pytest.mark.spawn
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_emulated_ranks_print_a_line_for_every_family(printed: str) -> None:
     lines = [line.split(" | ") for line in printed.splitlines() if line.startswith("| 2 ranks")]
     assert any("automatic" in line[1] for line in lines)
     for line in lines:
         assert float(line[3].split()[0]) > 0
     assert {"joint", "straight"} <= {line[1] for line in lines} | {line[1].strip("*").split(": ")[-1] for line in lines}
+
+
+@pytest.mark.spawn
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_process_that_fails_ends_the_benchmark_with_what_it_printed(printed: str) -> None:
+    assert re.search(r"failed: A process failed \(1\)\.\n(.*\n)*ZeroDivisionError", printed)
 
 
 def test_blocks_are_packed_so_that_the_slower_process_is_as_fast_as_possible() -> None:

@@ -22,7 +22,7 @@ from lightning_pipebd.cli import COMMANDS, main
 from lightning_pipebd.commands.compare import compare_runs
 from lightning_pipebd.commands.waiting import waiting
 from lightning_pipebd.trace_summary import summarise
-from tests.helpers.scripts import run_script
+from tests.helpers.scripts import run_forked
 from tests.helpers.toy import make_loader, make_module
 
 PLAN = {"class_path": "lightning_pipebd.PipeBDStrategy", "init_args": {"plan": "0-1|2-3"}}
@@ -319,12 +319,6 @@ class TestCheck:
 def span(rank: int, step: int, name: str, start_ms: float, duration_ms: float) -> dict[str, Any]:
     event = {"ph": "X", "name": name, "cat": name.split()[0], "pid": rank, "args": {"step": step}}
     return {**event, "ts": start_ms * 1000, "dur": duration_ms * 1000}
-
-
-def run_forked(command: list[str], env: dict[str, str], **captured: Any) -> subprocess.CompletedProcess[str]:
-    """As `subprocess.run`, with ranks that need not import everything anew."""
-    devices = [argument.partition("=")[2] for argument in command if argument.startswith("--trainer.devices=")]
-    return subprocess.CompletedProcess(command, 0, run_script(command[1:], env, num_ranks=int(devices[-1])))
 
 
 class TestTrace:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lightning_pipebd.cli import main
 from tests.helpers.ranks import run_processes
-from tests.helpers.scripts import ROOT, run_script
+from tests.helpers.scripts import ROOT, run_forked, run_script
 
 # On a busy machine a process that has to import torch and Lightning takes half a minute for that alone.
 pytestmark = [pytest.mark.spawn, pytest.mark.slow, pytest.mark.timeout(200)]
@@ -162,3 +163,15 @@ def test_an_example_has_a_configuration_that_trains(name: str, tmp_path: Path) -
     limits = ["--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--trainer.strategy.plan", "0-3"]
     _run([*command, *limits, "--trainer.default_root_dir", str(tmp_path)], tmp_path / "cache")
     assert list(tmp_path.glob("lightning_logs/version_0/checkpoints/*step=2.ckpt"))
+
+
+@pytest.mark.parametrize(("name", "words"), [("supernet_nas", "bit for bit"), ("distill_logits", "up to rounding")])
+def test_an_example_trains_the_student_of_one_process(
+    name: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_pipebd.commands.short_fit.subprocess.run", run_forked)
+    monkeypatch.chdir(ROOT)
+    for variable, value in _environment(tmp_path).items():
+        monkeypatch.setenv(variable, value)
+    assert main(["verify", "--config", f"examples/{name}.yaml", "--steps", "3"]) == 0
+    assert words in capsys.readouterr().out

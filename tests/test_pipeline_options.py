@@ -59,6 +59,7 @@ class Manual(Distil):
         (Distil, {"plan": "none.yaml"}, {}, "must name a readable YAML file"),
         (Distil, {"plan": PLAN}, {"sync_batchnorm": True}, "`sync_batchnorm` must be False"),
         (Distil, {"plan": PLAN}, {"callbacks": [StochasticWeightAveraging(0.1)]}, "must see all weights"),
+        (Distil, {"plan": PLAN, "trials": 2}, {}, "`trials` must be left out"),
         (OwnStep, {"plan": PLAN}, {}, "must leave `training_step` alone"),
         (Manual, {"plan": PLAN}, {}, "`automatic_optimization` must be True"),
         (LinearModule, {"num_micro_batches": 2}, {}, "`num_micro_batches` must be left out"),

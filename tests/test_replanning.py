@@ -45,6 +45,12 @@ def test_only_a_loader_whose_memory_is_in_generators_changes_hands(loader: Any, 
     assert can_move(loader) is is_possible
 
 
+@pytest.mark.parametrize("trials", [-1, 1])
+def test_a_trial_without_a_comparison_is_refused(trials: int) -> None:
+    with pytest.raises(ValueError, match=f"`trials` must be 0, or at least 2 plans to compare, but is {trials}"):
+        PipeBDStrategy(trials=trials)
+
+
 def test_another_word_for_replan_is_refused() -> None:
     with pytest.raises(ValueError, match="`replan` must be 'epoch' or None, but is 'step'"):
         PipeBDStrategy(replan="step")

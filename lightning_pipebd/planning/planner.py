@@ -46,6 +46,7 @@ class PlanChoice:
         skipped: Families without a plan of their own, with the reason.
         limits: What takes the whole of the predicted step time.
         reason: Why this plan, in a sentence.
+        contenders: The alternatives than which none is surely faster, the simplest first, which is the chosen one.
     """
 
     plan: Plan
@@ -56,6 +57,7 @@ class PlanChoice:
     skipped: tuple[tuple[Family, str], ...]
     limits: tuple[str, ...]
     reason: str
+    contenders: tuple[Candidate, ...] = ()
 
     @property
     def efficiency(self) -> float:
@@ -180,10 +182,11 @@ def _search(judge: Judge, whole_students: Collection[int], level: Exactness) -> 
 def _choose(families: Families) -> PlanChoice:
     judge = families.judge
     candidates = tuple(entry.candidate for entry in families.found)
-    # The found families are in order, so this is the simplest that is not worse than errors can explain.
-    chosen = next(
+    # The found families are in order, so the first is the simplest that is not worse than errors can explain.
+    contenders = [
         entry for entry in families.found if not any(_is_faster(other, entry, judge) for other in families.found)
-    )
+    ]
+    chosen = contenders[0]
     return PlanChoice(
         plan=chosen.candidate.plan,
         family=chosen.candidate.family,
@@ -199,6 +202,7 @@ def _choose(families: Families) -> PlanChoice:
         skipped=tuple(families.skipped),
         limits=chosen.judgement.limits if chosen.judgement else (),
         reason=_reason(chosen, families),
+        contenders=tuple(entry.candidate for entry in contenders),
     )
 
 

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class SlowModule(BlockwiseDistillationModule):
 
 
 def bitwise() -> PipeBDStrategy:
-    return PipeBDStrategy(exactness="bitwise")
+    return PipeBDStrategy(exactness="bitwise", trials=3)
 
 
 def loader(num_rows: int = 20, **options: Any) -> DataLoader[Any]:
@@ -189,6 +190,27 @@ def test_a_drift_is_told_and_a_better_plan_is_offered() -> None:
 def given_costs() -> PipeBDStrategy:
     costs = constant_costs([(1, 3), (1, 3), (2, 6)])
     return PipeBDStrategy(costs=Measurement(costs=costs, num_rows=4))
+
+
+def undecided() -> PipeBDStrategy:
+    costs = replace(constant_costs([(2, 8), (2, 4), (2, 4)]), noise=0.4)
+    return PipeBDStrategy(costs=Measurement(costs=costs, num_rows=4), exactness="bitwise", trials=2)
+
+
+def tried(make_trainer: MakeTrainer) -> tuple[Any, str]:
+    with heard() as lines:
+        trainer = make_trainer(fast_dev_run=True)
+        trainer.fit(SlowModule(), loader(8), loader(4))
+    return trainer.strategy.outlook, "\n".join(lines)
+
+
+def test_the_fastest_is_taken_of_plans_between_which_predictions_cannot_decide() -> None:
+    (outlook, lines), (other, silence) = under_plan(tried, plan=undecided)
+    assert outlook.plan == other.plan
+    times = re.search(r"tried for 8 steps each: straight ([0-9.]+) ms, (.*) ([0-9.]+) ms\.", lines)
+    assert times is not None
+    assert outlook.choice.family == ("straight" if float(times[1]) <= float(times[3]) else times[2])
+    assert "tried" not in silence
 
 
 def too_little_memory() -> PipeBDStrategy:

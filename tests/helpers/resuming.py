@@ -42,7 +42,7 @@ class Leg:
         plan: Text of a plan; ``None`` trains under plain Lightning in one process.
         num_ranks: Processes.
         module: Name of a toy module.
-        loader: `"plain"`, `"workers"`, `"noisy"`, `"generator"` or `"stream"`.
+        loader: `"plain"`, `"workers"`, `"noisy"`, `"generator"`, `"stream"`, `"stateful"` or `"stateful-workers"`.
         every: Steps between two checkpoints.
         kill_at: Step after which a rank is killed; ``None`` trains to the end.
         kill_rank: That rank.
@@ -102,7 +102,12 @@ def _make_loader(leg: Leg, module: Any) -> DataLoader[Any]:
     if leg.loader == "stream":
         stream: IterableDataset[Any] = ToyStream(data)
         return DataLoader(stream, batch_size=BATCH_SIZE)
-    options: dict[str, Any] = {"num_workers": 2} if leg.loader == "workers" else {}
+    options: dict[str, Any] = {"num_workers": 2} if "workers" in leg.loader else {}
+    if leg.loader.startswith("stateful"):
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        stateful: DataLoader[Any] = StatefulDataLoader(data, batch_size=BATCH_SIZE, shuffle=True, **options)
+        return stateful
     if leg.loader == "generator":
         options["generator"] = torch.Generator().manual_seed(8)
     return DataLoader(data, batch_size=BATCH_SIZE, shuffle=True, **options)

@@ -10,13 +10,15 @@ import contextlib
 import io
 import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tests.helpers.ranks import run_processes
 
-__all__ = ["ROOT", "run_script"]
+__all__ = ["ROOT", "run_forked", "run_script"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,6 +42,12 @@ def run_script(
     """
     output: str = run_processes(num_ranks, _run, list(arguments), dict(environment), folder, timeout=timeout)[0]
     return output
+
+
+def run_forked(command: list[str], env: dict[str, str], **captured: Any) -> subprocess.CompletedProcess[str]:
+    """As `subprocess.run` of a `pipebd fit`, with all its ranks."""
+    devices = [argument.partition("=")[2] for argument in command if argument.startswith("--trainer.devices=")]
+    return subprocess.CompletedProcess(command, 0, run_script(command[1:], env, num_ranks=int(devices[-1])))
 
 
 def _run(rank: int, arguments: list[str], environment: dict[str, str], folder: Path) -> str:
