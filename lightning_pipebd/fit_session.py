@@ -14,6 +14,7 @@ from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy, add_callback, remove_callback
+from lightning_pipebd.runtime.freed_memory import give_memory_back, keep_freed_memory
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.progress import Progress
 from lightning_pipebd.runtime.relay import Relay
@@ -72,6 +73,7 @@ class FitSession:
     ) -> None:
         """Open relay, headers from the first loading rank, and metrics from their contributors."""
         transport = self._transport
+        keep_freed_memory(self._strategy.root_device)
         edges = list(edges)
         self._relay = Relay(
             transport,
@@ -123,6 +125,7 @@ class FitSession:
             remove_callback(self._trainer, self._follower)
         if self._is_open and not self._is_abandoned:
             self.close()
+        give_memory_back(self._strategy.root_device)
 
     def pruned_optimizer(self, optimizer: Optimizer) -> PrunedOptimizer:
         """Give what is known of an optimizer's layout; Lightning may pass its own wrapper of it."""

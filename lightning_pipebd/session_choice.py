@@ -19,6 +19,7 @@ from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.preflight import check_accumulation, check_optimizers, check_trainer, warn_of_statistics
+from lightning_pipebd.runtime.freed_memory import keep_freed_memory
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session import TrainingSession, plan_edges
 from lightning_pipebd.teacher_student import TeacherStudentModule
@@ -109,6 +110,8 @@ class SessionChoice(NamedTuple):
         time_limits: tuple[timedelta | None, timedelta],
     ) -> SessionChoice:
         """**Collective** over all ranks: find the plan, connect the ranks, and put the blocks in their places."""
+        # Before anything is measured: training shall take the times that were measured.
+        keep_freed_memory(strategy.root_device)
         if isinstance(module, TeacherStudentModule):
             way = find_pipeline_of_fit(strategy, request.finder, request.options, trainer, module, transport)
             edges = pipeline_edges(way.plan, has_momentum=module.momentum is not None)
