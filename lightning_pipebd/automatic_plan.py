@@ -174,8 +174,8 @@ class PlanFinder:
         """
         if module.block_momentum is not None and (self.replans or self._trials):
             raise ValueError(
-                "`replan` and `trials` must be left out for a teacher with `momentum`: only plans that keep each of its "
-                "blocks with its student block can train it. Give a plan."
+                "`replan` and `trials` must be left out for a teacher with `momentum`: only plans that keep each of "
+                "its blocks with its student block can train it. Give a plan."
             )
         if isinstance(self._costs, PipelineMeasurement):
             raise CostError(
