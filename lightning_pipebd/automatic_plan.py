@@ -172,6 +172,11 @@ class PlanFinder:
             PlanError: The given plan is less exact than was asked for.
             CostError: The costs are of another number of blocks.
         """
+        if module.block_momentum is not None and (self.replans or self._trials):
+            raise ValueError(
+                "`replan` and `trials` must be left out for a teacher with `momentum`: only plans that keep each of "
+                "its blocks with its student block can train it. Give a plan."
+            )
         if isinstance(self._costs, PipelineMeasurement):
             raise CostError(
                 "`costs` must be of blocks that learn by themselves, but are of a whole student. Measure this module."

@@ -31,6 +31,7 @@ __all__ = [
     "TrainLoader",
     "check_loader",
     "header_loader",
+    "num_trained",
     "save_position",
 ]
 
@@ -263,24 +264,20 @@ def header_loader(loader: object, mailbox: Mailbox) -> HeaderLoader:
     return (StatefulHeaderLoader if is_stateful else HeaderLoader)(loader, mailbox)
 
 
-def save_position(
-    checkpoint: dict[str, Any],
-    loader: TrainLoader | HeaderLoader | None,
-    progress: Any,
-    transport: Transport,
-    first_rank: int,
-) -> None:
+def num_trained(progress: Any) -> int | None:
+    """Give how many batches of the epoch were trained, from Lightning's count; ``None`` for all."""
+    return None if progress.is_last_batch else int(progress.current.ready)
+
+
+def save_position(checkpoint: dict[str, Any], mine: DataPosition | None, transport: Transport, first_rank: int) -> None:
     """**Collective** over all ranks: add to a checkpoint where the run stands in its data.
 
     Args:
         checkpoint: Gets an entry.
-        loader: This rank's training loader.
-        progress: Lightning's count of the epoch's batches.
+        mine: What this rank knows of it.
         transport: Reaches the other ranks.
-        first_rank: The rank that loads first.
+        first_rank: The rank that loads first; what it knows counts.
     """
-    num_batches = None if progress.is_last_batch else progress.current.ready
-    mine = loader.position(num_batches) if isinstance(loader, TrainLoader) and transport.rank == first_rank else None
     position = transport.all_gather_object(mine.to_plain() if mine else None)[first_rank]
     if position is not None:
         checkpoint[POSITION] = position

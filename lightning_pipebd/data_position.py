@@ -49,19 +49,23 @@ class DataPosition(NamedTuple):
         num_batches: Batches of the epoch that were trained.
         at_start: The random states with which the epoch's order was drawn.
         now: The random states after these batches; ``None`` if the epoch has not begun.
+        loading: The random states before the next batch was loaded, if it was loaded already.
     """
 
     num_batches: int
     at_start: RandomMoment
     now: RandomMoment | None
+    loading: RandomMoment | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Give plain data for a checkpoint."""
         now = None if self.now is None else list(self.now)
-        return {"num_batches": self.num_batches, "at_start": list(self.at_start), "now": now}
+        plain = {"num_batches": self.num_batches, "at_start": list(self.at_start), "now": now}
+        return plain if self.loading is None else {**plain, "loading": list(self.loading)}
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> DataPosition:
         """Read back what :meth:`to_plain` gave."""
         now = None if data["now"] is None else RandomMoment(*data["now"])
-        return cls(data["num_batches"], RandomMoment(*data["at_start"]), now)
+        loading = RandomMoment(*data["loading"]) if "loading" in data else None
+        return cls(data["num_batches"], RandomMoment(*data["at_start"]), now, loading)

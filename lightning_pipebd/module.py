@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pipebd.block_momentum import BlockMomentum, first_teacher
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.losses import BLOCK_LOSSES
 from lightning_pipebd.nonfinite import FiniteGuard
@@ -18,6 +19,7 @@ from lightning_pipebd.runtime.block_calls import BlockCalls
 from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
 from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.compiling import compile_options
+from lightning_pipebd.runtime.momentum import Buffers
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
 from lightning_pipebd.runtime.row_trees import count_rows
 
@@ -43,10 +45,11 @@ class BlockwiseDistillationModule(DistillationModule):
     one device, ``Trainer(strategy="pipebd", devices=4)`` on four.
 
     The teacher is frozen and in ``eval()``, whatever the trainer does. It is no submodule: it is neither in
-    ``parameters()`` nor in checkpoints, and follows the module from device to device.
+    ``parameters()`` nor in checkpoints, and follows the module from device to device. With ``momentum`` it follows the
+    student instead, block by block, and is a submodule that takes no gradient.
 
     Args:
-        teacher: The model to imitate; used as it is.
+        teacher: The model to imitate; used as it is. ``None``, with ``momentum``, begins with a copy of the student.
         student: The model to train; its parameters keep their names.
         block_map: Ordered pairs *teacher module path -> student module path*: after these two modules the activations
             shall match. A block ends with its module and begins where the previous one ended.
@@ -62,6 +65,11 @@ class BlockwiseDistillationModule(DistillationModule):
         block_losses: Per student path (or block index), ``"mse"``, ``"soft_cross_entropy"``, ``"kl"`` or a function
             of the student's and the teacher's output. Blocks not named use the mean squared error. A loss must be a
             mean over rows.
+        momentum: ``None`` for a frozen teacher. Otherwise every teacher block, which must have its student block's
+            tensors, follows it after each optimizer step: the part that it keeps of itself, a number from 0 to 1 or a
+            function of the number of steps so far. Such a teacher is part of the checkpoint.
+        buffers: What a momentum teacher does with buffers such as running statistics: ``"average"`` (integers are
+            copied), ``"copy"`` the student's, or ``"leave"`` its own as they are.
         on_nonfinite: What follows when a block's gradient is not finite: ``"raise"`` ends the run, ``"skip"`` leaves
             out the block's update of this step, ``"stop_block"`` lets the block stay as it is from then on. The other
             blocks never notice. The block, the step and what was not finite are named in any case.
@@ -85,7 +93,7 @@ class BlockwiseDistillationModule(DistillationModule):
 
     def __init__(
         self,
-        teacher: nn.Module,
+        teacher: nn.Module | None,
         student: nn.Module,
         block_map: Mapping[str, str] | Sequence[tuple[str, str]] | None = None,
         *,
@@ -95,15 +103,22 @@ class BlockwiseDistillationModule(DistillationModule):
         input_adapters: Mapping[str | int, nn.Module] | None = None,
         target_blocks: Sequence[str | int] = (),
         block_losses: Mapping[str | int, str | Callable[[Any, Any], Tensor]] | None = None,
+        momentum: float | Callable[[int], float] | None = None,
+        buffers: Buffers = "average",
         on_nonfinite: str = "raise",
         compile: bool | Mapping[str, Any] = False,
         example_input: Any = None,
     ) -> None:
         super().__init__()
-        self.hide_teacher(teacher)
+        teacher = first_teacher(teacher, student, momentum, student_blocks)
         self.student = student
         self.block_pairs: BlockPairs = pair_blocks(teacher, student, block_map, teacher_blocks, student_blocks)
         pairs = self.block_pairs
+        self.block_momentum = None if momentum is None else BlockMomentum(pairs, momentum, buffers)
+        if momentum is None:
+            self.hide_teacher(teacher)
+        else:
+            self.teacher = teacher.requires_grad_(False).eval()
         outputs = pairs.resolve_keys(adapters or {}, "adapters")
         inputs = pairs.resolve_keys(input_adapters or {}, "input_adapters")
         self.adapters = nn.ModuleDict(
@@ -116,6 +131,7 @@ class BlockwiseDistillationModule(DistillationModule):
         }
         self.finite_guard = FiniteGuard(on_nonfinite)
         self._frozen: set[int] = set()
+        self._still: set[int] = set()
         self.compile_options = compile_options(compile)
         self._teacher_calls = BlockCalls(pairs.teacher, "teacher", self.compile_options)
         self._student_calls = BlockCalls(pairs.student, "student", self.compile_options)
@@ -301,6 +317,20 @@ class BlockwiseDistillationModule(DistillationModule):
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=num_rows, sync_dist=True)
 
     @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, and let a momentum teacher follow: once per optimizer step, however many batches it took."""
+        super().optimizer_step(*args, **kwargs)
+        if self.block_momentum is not None:
+            self.block_momentum.follow(self._still)
+
+    @override
+    def train(self, mode: bool = True) -> BlockwiseDistillationModule:
+        super().train(mode)
+        if self.block_momentum is not None:
+            self.teacher.eval()
+        return self
+
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -313,11 +343,14 @@ class BlockwiseDistillationModule(DistillationModule):
         """
         # A loss scaler, where plain Lightning has one, looks for itself, and skips the step.
         noted = self.finite_guard.noted_blocks
+        self._still.clear()
         if noted and getattr(self.trainer.precision_plugin, "scaler", None) is None:
             for block in noted:
                 name = self.block_pairs.names[block]
                 buffers = self.block_buffers(block) if self.finite_guard.keeps_buffers else []
-                self.finite_guard.check(block, name, self.block_parameters(block), buffers, self.trainer.global_step)
+                step = self.trainer.global_step
+                if not self.finite_guard.check(block, name, self.block_parameters(block), buffers, step):
+                    self._still.add(block)
         if not gradient_clip_val:
             return
         for block in range(self.num_blocks):
@@ -337,6 +370,8 @@ class BlockwiseDistillationModule(DistillationModule):
             checkpoint[_FROZEN] = sorted(self._frozen)
         self.finite_guard.flush()
         self.finite_guard.save(checkpoint, [self.finite_guard.stopped])
+        if self.block_momentum is not None:
+            self.block_momentum.save(checkpoint)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -344,6 +379,8 @@ class BlockwiseDistillationModule(DistillationModule):
         super().on_load_checkpoint(checkpoint)
         self._frozen = set(checkpoint.get(_FROZEN, ()))
         self.finite_guard.load(checkpoint)
+        if self.block_momentum is not None:
+            self.block_momentum.load(checkpoint)
 
 
 def _resolve_loss(loss: str | Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pipebd.runtime.transport import Transport
 
-__all__ = ["FiniteGuard"]
+__all__ = ["FiniteGuard", "is_finite"]
 
 _POLICIES = ("raise", "skip", "stop_block")
 _KEY = "stopped_blocks"
@@ -81,8 +81,10 @@ class FiniteGuard:
 
     def check(
         self, block: int, name: str, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], step: int
-    ) -> None:
+    ) -> bool:
         """Look at the gradients of a block that is about to be updated, and take them away where they must not count.
+
+        Gives whether they count.
 
         Args:
             block: Index of the block.
@@ -100,9 +102,9 @@ class FiniteGuard:
         gradients = [gradient for gradient in gradients if gradient.numel()]
         if block in self.stopped:
             _undo(parameters, buffers, kept)
-            return
+            return False
         if all(gradient.device.type == "cpu" and math.isfinite(gradient.sum().item()) for gradient in gradients):
-            return
+            return True
         # What is on a device must not be read now, and a sum may overflow where no element does.
         finite = torch.stack([_is_finite(gradient) for gradient in gradients]).all()
         loss_flag = torch.ones_like(finite) if loss is None else torch.isfinite(loss).all().to(finite.device)
@@ -113,6 +115,8 @@ class FiniteGuard:
         elif not bool(finite):
             self._report(block, name, step, _statistic(flags))
             _undo(parameters, buffers, kept)
+            return False
+        return True
 
     def flush(self) -> None:
         """Wait for what is under way from the device.
@@ -171,6 +175,11 @@ class FiniteGuard:
 def _values(gradient: Tensor) -> Tensor:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
     return torch.view_as_real(values) if values.is_complex() else values
+
+
+def is_finite(gradient: Tensor) -> Tensor:
+    """Tell whether all elements of a gradient are finite, without reading the answer from the device."""
+    return _is_finite(_values(gradient))
 
 
 def _is_finite(values: Tensor) -> Tensor:

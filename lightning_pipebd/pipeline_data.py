@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from lightning.pytorch import LightningModule
 
 from lightning_pipebd.data import BatchHeader
+from lightning_pipebd.data_position import DataPosition, RandomMoment
 from lightning_pipebd.lightning_internals import StagedBatch, before_transfer
-from lightning_pipebd.row_loader import RowLoader
+from lightning_pipebd.row_loader import Loaded, RowLoader
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
+from lightning_pipebd.runtime.random_streams import borrowed_random_states, random_states
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.runtime.transport import Message
 
@@ -73,6 +76,7 @@ class AheadLoader:
 
     Attributes:
         observe: Put around the batches of each epoch.
+        resumed: Where the next epoch goes on; ``None`` to begin it.
     """
 
     def __init__(
@@ -82,6 +86,10 @@ class AheadLoader:
         self._outbox = outbox
         self._num_batches = num_batches
         self._looks_ahead = looks_ahead
+        self._row_loader = RowLoader(loader, _WHOLE)
+        self._at_start: RandomMoment | None = None
+        self._moments: dict[int, RandomMoment] = {}
+        self.resumed: DataPosition | None = None
         self.announced: deque[Announced] = deque()
         self.observe: Callable[[Iterator[Any]], Iterator[Any]] = iter
 
@@ -96,22 +104,65 @@ class AheadLoader:
     def __iter__(self) -> Iterator[AheadBatch]:
         self.announced.clear()
         self._post(_EPOCH)
+        resumed, self.resumed = self.resumed, None
+        generators = self._row_loader.generators
+        if resumed is not None:
+            resumed.at_start.restore(generators)
+        num_skipped = resumed.num_batches if resumed is not None else 0
+        self._at_start = RandomMoment.now(generators)
         # The user's loader starts at once, not at the first batch: it draws its seeds when one process would.
-        return self.observe(self._announce(RowLoader(self._loader, _WHOLE).load()))
+        loading = self._row_loader.load(num_skipped)
+        self._moments = {}
+        if resumed is not None and resumed.now is not None:
+            resumed.now.restore(generators)
+            if resumed.loading is not None:
+                loading = chain(self._first_again(loading, resumed.loading), loading)
+        return self.observe(self._announce(loading, num_skipped))
 
-    def _announce(self, batches: Iterator[Any]) -> Iterator[AheadBatch]:
-        epoch, index = object(), 0
-        batch = _next(batches)
+    def _first_again(self, loading: Iterator[Loaded], moment: RandomMoment) -> list[Loaded]:
+        """Load the batch that was there when the checkpoint was written, with what it was loaded with then."""
+        generators = self._row_loader.generators
+        with borrowed_random_states(random_states()):
+            moment.restore(generators)
+            return list(islice(loading, 1))
+
+    def position(self, num_batches: int | None, now: RandomMoment | None) -> DataPosition | None:
+        """Say where the run stands after some batches of the epoch, ``None`` for all; nothing before its first one.
+
+        Args:
+            num_batches: Batches that were trained.
+            now: The random states before anything was drawn for the next batch; ``None`` for those at present.
+        """
+        generators = self._row_loader.generators
+        if self._row_loader.keeps_its_own_position:
+            return None
+        if num_batches is None:
+            return DataPosition(0, RandomMoment.now(generators), None)
+        if self._at_start is None:
+            return None
+        return DataPosition(
+            num_batches, self._at_start, now or RandomMoment.now(generators), self._moments.get(num_batches)
+        )
+
+    def _announce(self, batches: Iterator[Loaded], index: int) -> Iterator[AheadBatch]:
+        epoch = object()
+        batch = self._next(batches, index)
         while batch is not None:
             may_look = self._looks_ahead and index + 1 < self._num_batches()
-            following = _next(batches) if may_look else None
+            following = self._next(batches, index + 1) if may_look else None
             num_next_rows = following.num_rows if following is not None else 0
             self.announced.append(Announced(epoch, index, batch.num_rows, num_next_rows, following))
             self._post(_BATCH, batch.num_rows, num_next_rows)
             yield batch
-            batch = following if may_look else _next(batches)
+            batch = following if may_look else self._next(batches, index + 1)
             index += 1
         self._post(_END)
+
+    def _next(self, loading: Iterator[Loaded], index: int) -> AheadBatch | None:
+        # A checkpoint may be asked for before this batch is trained.
+        self._moments = {index: RandomMoment.now(self._row_loader.generators)}
+        loaded = next(loading, None)
+        return None if loaded is None else AheadBatch(loaded.batch)
 
     def _post(self, kind: int, num_rows: int = 0, num_next_rows: int = 0) -> None:
         if self._outbox is not None:
@@ -159,8 +210,3 @@ class AheadHeaderLoader:
                 self.announced.append(Announced(epoch, index, fields[1], fields[2]))
                 yield BatchHeader(fields[1])
                 index += 1
-
-
-def _next(batches: Iterator[Any]) -> AheadBatch | None:
-    loaded = next(batches, None)
-    return None if loaded is None else AheadBatch(loaded.batch)

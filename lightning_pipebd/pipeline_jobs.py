@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.runtime.deferred_norms import DeferredNorms
 from lightning_pipebd.runtime.momentum import MomentumTeacher
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
@@ -29,6 +30,7 @@ class PipelineBlockJobs:
         num_accumulated: Batches of an optimizer step.
         momentum: The momentum teacher; ``None`` if it is frozen.
         rate: Its momentum in the next step.
+        norms: Defers running statistics; ``None`` where batches are whole.
     """
 
     def __init__(self, module: TeacherStudentModule, plugin: Precision) -> None:
@@ -39,6 +41,7 @@ class PipelineBlockJobs:
         self.num_accumulated = 1
         self.momentum: MomentumTeacher | None = None
         self.rate = 1.0
+        self.norms: DeferredNorms | None = None
 
     def teach(self, block: int, boundary: Any) -> Any:
         """Give the teacher's next boundary."""
@@ -47,6 +50,8 @@ class PipelineBlockJobs:
 
     def forward(self, block: int, boundary: Any, rows: Rows) -> Any:
         """Give the student's next boundary."""
+        if self.norms is not None:
+            self.norms.begin(block)
         with self._plugin.train_step_context():
             return self._module.study(block, boundary, batch_idx=self.batch_idx, first_row=rows.start)
 
@@ -80,3 +85,8 @@ class PipelineBlockJobs:
         """Let a momentum teacher's block follow the student's."""
         assert self.momentum is not None
         self.momentum.follow(block, self.rate)
+
+    def stay(self, block: int) -> None:
+        """End a step that was skipped for a momentum teacher's block."""
+        assert self.momentum is not None
+        self.momentum.stay(block)

@@ -31,7 +31,7 @@ from lightning_pipebd.runtime.sampling import device_clock, median_ms
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
-__all__ = ["coupled_blocks", "measure_pipeline"]
+__all__ = ["coupled_blocks", "measure_pipeline", "student_modules"]
 
 _LEAST_NOISE, _MOST_NOISE = 0.01, 0.5
 # A batch, a rank's part of it, and the smallest micro-batches that are looked at; the others lie between.
@@ -41,7 +41,7 @@ _NUM_FOLLOWS = 6
 
 def coupled_blocks(module: TeacherStudentModule) -> list[int]:
     """List the student blocks whose result depends on how a batch is cut."""
-    models = _student_modules(module)
+    models = student_modules(module)
     return [
         block
         for block, own in enumerate(models)
@@ -185,7 +185,8 @@ def _time_follow(module: TeacherStudentModule, block: int, device: torch.device)
     return median_ms(times[1:])
 
 
-def _student_modules(module: TeacherStudentModule) -> list[list[nn.Module]]:
+def student_modules(module: TeacherStudentModule) -> list[list[nn.Module]]:
+    """Give every student block's modules: the predictor belongs to the last."""
     models: list[list[nn.Module]] = [[model] for model in module.cuts.student.blocks]
     if module.predictor is not None:
         models[-1].append(module.predictor)
@@ -196,7 +197,7 @@ def _parts(module: TeacherStudentModule) -> PipelineParts:
     models = ("student", "teacher", "average", "predictor")
     return PipelineParts(
         teacher=[[model] for model in module.cuts.teacher.blocks],
-        student=_student_modules(module),
+        student=student_modules(module),
         loss=[child for name, child in module.named_children() if name not in models],
         owner=module,
     )

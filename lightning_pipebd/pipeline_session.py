@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipebd.checkpoint import PrunedOptimizer
+from lightning_pipebd.data import num_trained, save_position
+from lightning_pipebd.data_position import RandomMoment
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import start_watcher
 from lightning_pipebd.lightning_internals import (
@@ -23,12 +26,14 @@ from lightning_pipebd.lightning_internals import (
 )
 from lightning_pipebd.pipeline_data import AheadHeaderLoader, AheadLoader, Announced
 from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
+from lightning_pipebd.pipeline_measuring import student_modules
 from lightning_pipebd.pipeline_options import PipelineOptions, pipeline_edges
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import Stream
 from lightning_pipebd.planning.pipeline_schedule import Durations
 from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.runtime.deferred_norms import DeferredNorms
 from lightning_pipebd.runtime.gradients import clip_norm_over_ranks
 from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
@@ -54,7 +59,7 @@ class PipelineSession(FitSession):
 
     Attributes:
         progress: Where this rank stands.
-        resumed: Where in the data a resumed run goes on; the beginning of the epoch is the only place known here.
+        resumed: Where in the data a resumed run goes on.
     """
 
     def __init__(
@@ -77,6 +82,8 @@ class PipelineSession(FitSession):
         self._staged: tuple[Announced, Any, int] | None = None
         self._taught: tuple[object, int] | None = None
         self._train_loader: AheadLoader | AheadHeaderLoader | None = None
+        self._unpacked: tuple[Any, Any] | None = None
+        self._before_next: RandomMoment | None = None
 
     # Life.
 
@@ -97,6 +104,10 @@ class PipelineSession(FitSession):
         self._connect(trainer, edges, self._plan.loading_rank, {self._plan.loss_rank}, sharing_logs, assemble_student)
         self.scalers = BlockScalers(self._strategy.precision_plugin, {}, self._strategy.root_device, self._transport)
         self._jobs = PipelineBlockJobs(self._module, self._strategy.precision_plugin)
+        if self._options.micro_batches(self._module, self._plan.num_ranks) > 1:
+            models = student_modules(self._module)
+            own = {block: models[block] for block, rank in enumerate(self._plan.student) if rank == self._rank}
+            self._jobs.norms = DeferredNorms(own) or None
         self._executor = PipelineExecutor(
             self._jobs,
             self._relay,
@@ -104,6 +115,7 @@ class PipelineSession(FitSession):
             num_student_blocks=self._module.num_student_blocks,
         )
         self._module.follow_in_plan, self._module.clip_in_plan = self._follow, self._clip
+        self._module.step_guard.agree = self._agree
         blocks = [block for block, rank in enumerate(self._plan.student) if rank == self._rank]
         self._watcher = start_watcher(
             self._strategy, self._transport, self.progress, self._executor, blocks, lambda *_: (), self._time_limits
@@ -113,7 +125,7 @@ class PipelineSession(FitSession):
     @override
     def end(self) -> None:
         """Take back what was changed in the trainer and the module."""
-        self._module.follow_in_plan = self._module.clip_in_plan = None
+        self._module.follow_in_plan = self._module.clip_in_plan = self._module.step_guard.agree = None
         super().end()
 
     def is_for(self, module: object) -> bool:
@@ -123,6 +135,10 @@ class PipelineSession(FitSession):
     def save(self, checkpoint: dict[str, Any]) -> None:
         """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
         self.scalers.save(checkpoint)
+        num_batches = num_trained(self._trainer.fit_loop.epoch_loop.batch_progress)
+        loader = self._train_loader
+        mine = loader.position(num_batches, self._before_next) if isinstance(loader, AheadLoader) else None
+        save_position(checkpoint, mine, self._transport, self._plan.loading_rank)
 
     # Blocks on devices.
 
@@ -203,6 +219,7 @@ class PipelineSession(FitSession):
             looks_ahead=self._options.looks_ahead(self._module) and not is_stateful,
         )
         self._train_loader.observe = self.progress.loading
+        self._train_loader.resumed, self.resumed = self.resumed, None
         return self._train_loader
 
     # Steps.
@@ -232,8 +249,9 @@ class PipelineSession(FitSession):
         self._jobs.momentum = self._momentum
         self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
         is_loading = self._rank == self._plan.loading_rank
-        with self.progress.program(self.num_steps, announced.num_rows, is_update=update):
-            loaded = self._load(batch, announced.num_rows) if is_loading else {}
+        deferred = nullcontext() if self._jobs.norms is None else self._jobs.norms.batch()
+        with deferred, self.progress.program(self.num_steps, announced.num_rows, is_update=update):
+            loaded = self._load(batch, announced.num_rows, is_known=is_taught) if is_loading else {}
             terms = self._executor.run(program, self.num_steps, loaded, self._load_next(announced.following))
         self.num_steps += 1
         if not update:
@@ -250,28 +268,41 @@ class PipelineSession(FitSession):
             update=update,
         )
 
-    def _follow(self) -> None:
+    def _agree(self, is_good: bool) -> bool:
+        """**Collective** over all ranks: tell whether all of them may take the step."""
+        num_bad = torch.tensor([0.0 if is_good else 1.0], device=self._strategy.root_device)
+        if self._transport.num_ranks > 1:
+            self._transport.all_reduce([num_bad], tuple(range(self._transport.num_ranks))).wait()
+        return not bool(num_bad)
+
+    def _follow(self, is_skipped: bool) -> None:
         """Do what follows an optimizer step: the momentum teacher follows, wherever its blocks are."""
+        if is_skipped:
+            self._executor.finish(is_skipped=True)
+            return
         if self._module.momentum is not None:
             self._jobs.rate = self._module.teacher_momentum(self._module.num_teacher_updates)
         self._executor.finish()
         if self._rank == self._plan.loss_rank:
             self._module.on_teacher_update()
 
-    def _load(self, batch: Any, num_rows: int) -> dict[Stream, RowTree]:
-        inputs, targets = self._module.unpack_batch(batch)
-        loaded = {
-            Stream.HIDDEN: _as_rows(inputs, num_rows),
-            Stream.BOUNDARY: _as_rows(self._module.teacher_inputs(inputs), num_rows),
-        }
+    def _load(self, batch: Any, num_rows: int, *, is_known: bool) -> dict[Stream, RowTree]:
+        # Unpacked once, even if that draws random numbers: the teacher may have seen the batch a step ahead.
+        inputs, targets = self._unpacked if is_known and self._unpacked else self._module.unpack_batch(batch)
+        self._unpacked = None
+        loaded = {Stream.HIDDEN: _as_rows(inputs, num_rows)}
+        if not is_known:
+            loaded[Stream.BOUNDARY] = _as_rows(self._module.teacher_inputs(inputs), num_rows)
         loaded[Stream.TARGETS] = RowTree(Rows(0, num_rows), targets, leading_row_leaves(targets, num_rows))
         return loaded
 
     def _load_next(self, following: Any) -> RowTree | None:
+        self._before_next = None
         if following is None:
             return None
-        inputs, _ = self._module.unpack_batch(self._strategy.batch_to_device(following))
-        return _as_rows(self._module.teacher_inputs(inputs), following.num_rows)
+        self._before_next = RandomMoment.now(())
+        self._unpacked = self._module.unpack_batch(self._strategy.batch_to_device(following))
+        return _as_rows(self._module.teacher_inputs(self._unpacked[0]), following.num_rows)
 
 
 def _as_rows(tree: Any, num_rows: int) -> RowTree:

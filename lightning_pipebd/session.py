@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_pipebd.block_jobs import BlockJobs
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.converged_blocks import ConvergedBlocks
-from lightning_pipebd.data import HeaderLoader, TrainLoader, header_loader, save_position
+from lightning_pipebd.data import HeaderLoader, TrainLoader, header_loader, num_trained, save_position
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import watch_plan
@@ -141,6 +141,12 @@ class TrainingSession(FitSession):
             self._module.target_blocks,
             self._time_limits,
         )
+        if self._module.block_momentum is not None:
+            self._module.block_momentum.blocks = [
+                block
+                for block, shares in enumerate(self._plan.teacher)
+                if any(share.rank == self._rank for share in shares)
+            ]
         self._is_open = True
 
     def observe(self, observer: Callable[[Span], None]) -> Callable[[], None]:
@@ -232,6 +238,8 @@ class TrainingSession(FitSession):
             self.scalers.restore()
         if self._norms is not None:
             self._norms.restore()
+        if self._module.block_momentum is not None:
+            self._module.block_momentum.blocks = None
         super().end()
 
     def is_for(self, module: object) -> bool:
@@ -270,15 +278,23 @@ class TrainingSession(FitSession):
         """Have the whole student on this rank's device, for evaluation."""
         self._module.student.to(self._strategy.root_device)
         self._module.adapters.to(self._strategy.root_device)
+        if self._module.block_momentum is not None:
+            self._module.teacher.to(self._strategy.root_device)
         set_device(self._module, self._strategy.root_device)
 
     def owned_tensors(self) -> list[tuple[list[Tensor], int]]:
         """Give every block's parameters and buffers with the rank whose values count."""
         module = self._module
-        return [
+        owned = [
             ([*module.block_parameters(block), *module.block_buffers(block)], self._plan.owner(block))
             for block in range(self._plan.num_blocks)
         ]
+        if module.block_momentum is not None:
+            owned += [
+                (module.block_momentum.tensors(block), shares[0].rank)
+                for block, shares in enumerate(self._plan.teacher)
+            ]
+        return [(tensors, rank) for tensors, rank in owned if tensors]
 
     # Optimizers.
 
@@ -328,8 +344,9 @@ class TrainingSession(FitSession):
         """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
         self.scalers.save(checkpoint)
         self._module.finite_guard.gather(checkpoint, self._transport)
-        progress = self._trainer.fit_loop.epoch_loop.batch_progress
-        save_position(checkpoint, self._train_loader, progress, self._transport, self._plan.loading_ranks[0])
+        num_batches = num_trained(self._trainer.fit_loop.epoch_loop.batch_progress)
+        mine = self._train_loader.position(num_batches) if isinstance(self._train_loader, TrainLoader) else None
+        save_position(checkpoint, mine, self._transport, self._plan.loading_ranks[0])
 
     # Steps.
 

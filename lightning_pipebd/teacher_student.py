@@ -18,6 +18,7 @@ from lightning_pipebd.runtime.model_cuts import ModelCuts, cut_models, match_blo
 from lightning_pipebd.runtime.momentum import Buffers, MomentumBlock, MomentumTeacher, block_tensors
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
 from lightning_pipebd.runtime.row_trees import count_rows
+from lightning_pipebd.step_guard import StepGuard
 
 __all__ = ["TeacherStudentModule"]
 
@@ -65,6 +66,8 @@ class TeacherStudentModule(DistillationModule):
             lists of outputs.
         full_batch_loss: Whether the loss needs the whole batch at once (contrastive losses). Otherwise it must be a
             mean over rows, so that it can be taken micro-batch by micro-batch.
+        on_nonfinite: What follows when a gradient is not finite: ``"raise"`` ends the run, ``"skip"`` leaves the step
+            out, for a momentum teacher as well.
 
     Attributes:
         student: The student without its predictor.
@@ -92,6 +95,7 @@ class TeacherStudentModule(DistillationModule):
         buffers: Buffers = "average",
         views: bool = False,
         full_batch_loss: bool = False,
+        on_nonfinite: str = "raise",
     ) -> None:
         super().__init__()
         _check_options(teacher, momentum, teacher_delay, buffers)
@@ -120,8 +124,10 @@ class TeacherStudentModule(DistillationModule):
             self.teacher = self.cuts.teacher_model.requires_grad_(False).eval()
         self.average = copy.deepcopy(self.teacher) if teacher_delay else None
         self._buffer_policy: Buffers = buffers
+        self.step_guard = StepGuard(on_nonfinite)
+        self._is_skipped = False
         # Set by a strategy that has the blocks on several devices.
-        self.follow_in_plan: Callable[[], None] | None = None
+        self.follow_in_plan: Callable[[bool], None] | None = None
         self.clip_in_plan: Callable[[Optimizer, float], None] | None = None
 
     # What users override.
@@ -151,6 +157,8 @@ class TeacherStudentModule(DistillationModule):
 
     def on_teacher_update(self) -> None:
         """Do what belongs to a step of the teacher, such as moving a centre of its outputs; once per optimizer step.
+
+        A step that is skipped (``on_nonfinite``) is none.
 
         Under a plan this runs on the rank that computes the loss. What ``loss`` keeps in the module's own buffers is
         there, and comes into checkpoints.
@@ -187,10 +195,13 @@ class TeacherStudentModule(DistillationModule):
 
     def student_tensors(self, block: int) -> list[Tensor]:
         """Give a student block's parameters and buffers."""
+        return [*self.student_parameters(block), *self._student_buffers(block)]
+
+    def _student_buffers(self, block: int) -> list[Tensor]:
         buffers = [self.student.get_buffer(name) for name in self.cuts.student.buffer_names[block]]
         if block == self.num_student_blocks - 1 and self.predictor is not None:
             buffers += self.predictor.buffers()
-        return [*self.student_parameters(block), *buffers]
+        return buffers
 
     def teacher_tensors(self, block: int) -> list[Tensor]:
         """Give the parameters and buffers of a teacher block, of what teaches and of what runs ahead."""
@@ -236,6 +247,7 @@ class TeacherStudentModule(DistillationModule):
             is_end = block == self.num_student_blocks - 1 and self.predictor is not None
             return self.predictor(output) if is_end and self.predictor is not None else output
 
+        self.step_guard.before_block(block, lambda: self._student_buffers(block))
         with self._stream(batch_idx, block, first_row):
             return self._for_views(call, boundary)
 
@@ -258,13 +270,19 @@ class TeacherStudentModule(DistillationModule):
         return terms
 
     def follow(self) -> None:
-        """Let the momentum teacher follow the student; what runs after every optimizer step."""
+        """Let the momentum teacher follow the student, unless the step was skipped; runs after every optimizer step."""
+        is_skipped, self._is_skipped = self._is_skipped, False
         if self.follow_in_plan is not None:
-            self.follow_in_plan()
+            self.follow_in_plan(is_skipped)
         elif self.momentum is not None:
             momentum = self.make_momentum()
             for block in range(self.num_teacher_blocks):
-                momentum.follow(block, self.teacher_momentum(self.num_teacher_updates))
+                if is_skipped:
+                    momentum.stay(block)
+                else:
+                    momentum.follow(block, self.teacher_momentum(self.num_teacher_updates))
+        if is_skipped:
+            return
         if self.momentum is not None:
             self.num_teacher_updates += 1
         if self.follow_in_plan is None:
@@ -321,7 +339,12 @@ class TeacherStudentModule(DistillationModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of all gradients together, wherever they are."""
+        """Clip by the norm of all gradients together, wherever they are; also looks for what is not finite."""
+        # A loss scaler, where plain Lightning has one, looks for itself, and skips the step.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            parameters = {name: own for name, own in self.named_parameters() if own.requires_grad}
+            step = self.trainer.global_step
+            self._is_skipped = not self.step_guard.allows(parameters, self._student_buffers, step)
         is_by_value = str(gradient_clip_algorithm or "norm").lower().endswith("value")
         if self.clip_in_plan is not None and gradient_clip_val and not is_by_value:
             self.clip_in_plan(optimizer, float(gradient_clip_val))
@@ -340,6 +363,7 @@ class TeacherStudentModule(DistillationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the number of the teacher's steps, so that a schedule of the momentum goes on."""
         super().on_save_checkpoint(checkpoint)
+        self.step_guard.flush()
         checkpoint[_UPDATES_KEY] = self.num_teacher_updates
 
     @override

@@ -61,6 +61,7 @@ PARAMETERS = {
         "buffers=average",
         "views=False",
         "full_batch_loss=False",
+        "on_nonfinite=raise",
     ],
     Timeline: ["path=timeline.json", "*, first_step=8", "num_steps=8", "plot=None", "report=None"],
     BlockwiseDistillationModule: [
@@ -73,6 +74,8 @@ PARAMETERS = {
         "input_adapters=None",
         "target_blocks=()",
         "block_losses=None",
+        "momentum=None",
+        "buffers=average",
         "on_nonfinite=raise",
         "compile=False",
         "example_input=None",

@@ -78,22 +78,37 @@ def test_micro_batches_change_nothing_but_the_last_bits(
         assert found == pytest.approx(expected_metrics, abs=1e-12)
 
 
-def test_a_run_goes_on_under_another_plan_in_the_middle_of_an_epoch(reference: Reference, tmp_path: Path) -> None:
-    run = replace(_run("byol", shuffle=False), num_rows=24)
-    trainer: dict[str, Any] = {"max_epochs": 4, "gradient_clip_val": 0.05}
-    whole = replace(run, trainer=trainer)
-    # Three batches an epoch: the fourth step ends in the middle of the second, with the teacher one step late.
-    first = replace(
-        whole, plan="0-1|2-3", num_ranks=2, options={"num_micro_batches": 1}, trainer={**trainer, "max_steps": 4}
-    )
-    train_whole(first, tmp_path / "first.ckpt")
-    alone = replace(whole, resume=str(tmp_path / "first.ckpt"))
-    second = replace(alone, plan="3|0-2", num_ranks=2, options={"num_micro_batches": 1})
-    ours, _ = train_whole(second, tmp_path / "second.ckpt")
-    expected, _ = train_whole(alone, tmp_path / "alone.ckpt")
+@pytest.mark.parametrize(
+    ("module", "plan", "other", "noise"),
+    [
+        pytest.param("byol", "0-1|2-3", "0|1-3", False, id="delayed-teacher"),
+        pytest.param("noisy", "0-1|2 / 0-1|2-3", "0|1-2 / 0,3|1-2", False, id="random-unpacking"),
+    ],
+)
+def test_a_run_goes_on_under_another_plan_in_the_middle_of_an_epoch(
+    module: str, plan: str, other: str, noise: bool, tmp_path: Path
+) -> None:
+    # Three batches an epoch: the fourth step lies in the middle of the second, with the teacher one step late.
+    run = replace(_run(module), num_rows=24, noise=noise, trainer={"max_epochs": 3, "gradient_clip_val": 0.05})
+    under_plan = replace(run, num_ranks=2, options={"num_micro_batches": 1})
+    path = str(tmp_path / "middle.ckpt")
+    expected, _ = train_whole(replace(under_plan, plan=plan, save_at=(4, path)), tmp_path / "whole.ckpt")
+    ours, _ = train_whole(replace(under_plan, plan=other, resume=path), tmp_path / "ours.ckpt")
     assert_same_checkpoint(ours["state_dict"], expected["state_dict"])
+    assert_same_checkpoint(ours["optimizer_states"], expected["optimizer_states"])
     assert ours["teacher_updates"] == expected["teacher_updates"]
-    assert ours["global_step"] > 4
+    assert ours["global_step"] == 9
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_all_ranks_as_in_one_process(
+    reference: Reference, tmp_path: Path
+) -> None:
+    run = _run("poisoned", double=False, trainer={"max_steps": 5, "gradient_clip_val": 0.05})
+    ours, _ = train_whole(
+        replace(run, plan="0|1-2", num_ranks=2, options={"num_micro_batches": 1}), tmp_path / "ours.ckpt"
+    )
+    assert_same_checkpoint(ours, reference(run)[0])
+    assert ours["teacher_updates"] == 4
 
 
 def test_stopping_at_the_end_of_an_epoch_and_going_on_is_training_in_one_go(

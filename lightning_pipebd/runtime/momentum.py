@@ -77,6 +77,11 @@ class MomentumTeacher:
         if self._buffers != "leave":
             _copy(own.teacher_buffers, own.average_buffers)
 
+    def stay(self, block: int) -> None:
+        """End a step that was skipped: the average stays, and a delayed teacher catches up with it."""
+        self.promote(block)
+        self._promoted.discard(block)
+
     @torch.no_grad()
     def follow(self, block: int, momentum: float) -> None:
         """Move the average towards the student: ``momentum`` of the old, the rest of the student's."""

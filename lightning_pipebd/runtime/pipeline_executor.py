@@ -55,6 +55,9 @@ class PipelineJobs(Protocol):
     def follow(self, block: int) -> None:
         """Let a momentum teacher's block follow the student's."""
 
+    def stay(self, block: int) -> None:
+        """End a step that was skipped for a momentum teacher's block."""
+
 
 class PipelineSpan(NamedTuple):
     """When an action ran, in seconds of :func:`time.perf_counter`; that of a RECV is waiting."""
@@ -125,13 +128,17 @@ class PipelineExecutor:
         assert not state.graphs, "a forward has no backward"
         return state.terms
 
-    def finish(self) -> None:
-        """Run what follows the optimizer step: the momentum teacher follows."""
+    def finish(self, *, is_skipped: bool = False) -> None:
+        """Run what follows the optimizer step: the momentum teacher follows, unless all ranks skipped the step."""
         assert self._due is not None
         program, place, state = self._due
         self._due = None
         for index in range(place, len(program.actions)):
-            self._act(program, index, state)
+            action = program.actions[index]
+            if not is_skipped:
+                self._act(program, index, state)
+            elif action.kind is PipelineKind.EMA:
+                self._jobs.stay(action.index)
 
     def forget(self) -> None:
         """Forget what the teacher made of a batch that will not come: an epoch has ended early."""

@@ -228,6 +228,9 @@ class _Jobs:
         assert self.task.momentum is not None
         self.momentum.follow(block, self.task.momentum)
 
+    def stay(self, block: int) -> None:
+        self.momentum.stay(block)
+
 
 def _run(blocks: Any, boundary: Any) -> Any:
     for block in blocks:

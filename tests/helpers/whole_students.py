@@ -7,17 +7,19 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_pipebd import PipeBDStrategy, TeacherStudentModule
+from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, TeacherStudentModule
 from tests.helpers.ranks import run_processes
+from tests.helpers.resuming import NoisyData
 from tests.helpers.toy import NUM_CLASSES, ToyData
 from tests.helpers.training import load
 
@@ -27,6 +29,8 @@ __all__ = [
     "Contrast",
     "Convolutional",
     "Distil",
+    "FollowedBlocks",
+    "Poisoned",
     "WholeData",
     "WholeRun",
     "run_here",
@@ -122,7 +126,7 @@ class Convolutional(_Whole):
 
     shape = (3, 8, 8)
 
-    def __init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
         def layer(inputs: int) -> nn.Sequential:
             return nn.Sequential(
                 nn.ReLU(inplace=True), nn.Conv2d(inputs, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Dropout(0.2)
@@ -131,10 +135,51 @@ class Convolutional(_Whole):
         student = nn.Sequential(
             layer(3), layer(4), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), nn.Linear(4, 5)
         )
-        super().__init__(None, student, student_cuts=["0", "1"], momentum=0.8, teacher_delay=1)
+        super().__init__(None, student, student_cuts=["0", "1"], momentum=0.8, teacher_delay=1, **options)
 
     def loss(self, student_output: Any, teacher_output: Any, targets: Any) -> Tensor:
         return F.mse_loss(student_output, teacher_output) + F.cross_entropy(student_output, targets)
+
+
+class Poisoned(Convolutional):
+    """The loss of one step is not a number; that step is skipped."""
+
+    def __init__(self, on_nonfinite: str = "skip") -> None:
+        super().__init__(on_nonfinite=on_nonfinite)
+
+    def loss(self, student_output: Any, teacher_output: Any, targets: Any) -> Tensor:
+        factor = float("nan") if self.trainer.global_step == 2 else 1.0
+        return super().loss(student_output, teacher_output, targets) * factor
+
+
+class NoisyDistil(Distil):
+    """Draws random numbers for every batch, beside those that the loader draws."""
+
+    def unpack_batch(self, batch: Any) -> tuple[Any, Any]:
+        inputs, labels = batch
+        return inputs + 0.1 * torch.randn_like(inputs), labels
+
+
+class FollowedBlocks(BlockwiseDistillationModule):
+    """Blocks that learn by themselves from a teacher whose blocks follow them, with running statistics."""
+
+    shape = (WIDTH,)
+    tokens = False
+
+    def __init__(self, **options: Any) -> None:
+        def network() -> nn.Sequential:
+            sizes = (WIDTH, 8, 8)
+            layers = [
+                nn.Sequential(nn.Linear(one, other), nn.BatchNorm1d(other), nn.Tanh()) for one, other in pairwise(sizes)
+            ]
+            return nn.Sequential(*layers, nn.Linear(8, NUM_CLASSES))
+
+        paths = {"0": "0", "1": "1", "2": "2"}
+        options = {"momentum": lambda step: 1 - 0.5 / (step + 1), **options}
+        super().__init__(network(), network(), paths, **options)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.trainable_parameters(), lr=0.01)
 
 
 class WholeData(LightningDataModule):
@@ -151,6 +196,9 @@ WHOLE_STUDENTS: dict[str, Callable[[], Any]] = {
     "byol-no-centre": lambda: Byol(1, 0.0),
     "contrast": Contrast,
     "convolutional": Convolutional,
+    "poisoned": Poisoned,
+    "noisy": NoisyDistil,
+    "followed-blocks": FollowedBlocks,
 }
 
 
@@ -168,6 +216,8 @@ class WholeRun:
         resume: Checkpoint to go on from.
         double: Whether to compute in float64.
         validate: Whether to validate every epoch.
+        noise: Whether loading draws random numbers.
+        save_at: Step after which a checkpoint is written on the way, and where to.
     """
 
     module: str = "distil"
@@ -180,8 +230,24 @@ class WholeRun:
     double: bool = True
     validate: bool = True
     shuffle: bool = True
+    noise: bool = False
+    save_at: tuple[int, str] | None = None
     trainer: dict[str, Any] = field(default_factory=dict)
     resume: str | None = None
+
+
+class SaveOnTheWay(Callback):
+    """Write a checkpoint in the middle of the run."""
+
+    def __init__(self, step: int, path: str) -> None:
+        self.step, self.path = step, path
+        self.has_saved = False
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        # Once: in the middle of an accumulation gradients would be lost.
+        if trainer.global_step == self.step and not self.has_saved:
+            self.has_saved = True
+            trainer.save_checkpoint(self.path)
 
 
 def train_whole(run: WholeRun, path: Path, *, timeout: float = 100.0) -> tuple[dict[str, Any], list[dict[str, float]]]:
@@ -205,7 +271,7 @@ def run_here(run: WholeRun, path: str | None = None) -> Trainer:
     try:
         torch.manual_seed(11)
         module = WHOLE_STUDENTS[run.module]()
-        data = ToyData(run.num_rows, module.shape)
+        data = (NoisyData if run.noise else ToyData)(run.num_rows, module.shape)
         loader = DataLoader(data, batch_size=run.batch_size, shuffle=run.shuffle)
         if run.strategy == "ddp":
             # Lightning's own would shuffle: rank by rank in turn, so that the batches hold the rows of one process.
@@ -218,6 +284,7 @@ def run_here(run: WholeRun, path: str | None = None) -> Trainer:
             "enable_checkpointing": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
+            "callbacks": [] if run.save_at is None else [SaveOnTheWay(*run.save_at)],
         }
         strategy = run.strategy if run.plan is None else PipeBDStrategy(plan=run.plan or None, **run.options)
         trainer = Trainer(accelerator="cpu", devices=run.num_ranks, strategy=strategy, **{**defaults, **run.trainer})
