@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -95,11 +95,12 @@ class FaultyStream(IterableDataset[Any]):
 
 
 def break_saving(fault: str) -> None:
-    """Have the next checkpoint of this process fail: no byte more fits on the disk, or the process is killed."""
-    if fault == "kill in save":
+    """Have every further checkpoint of this process fail when its bytes go to the disk, or kill the process then."""
+
+    def fail(descriptor: Any) -> None:
         # All bytes are written by then, but the file has not its name yet.
-        os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
-    else:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, most))
+        if fault == "kill in save":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    os.fsync = fail
