@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.ranks import RankError
 from tests.helpers.resuming import NUM_EPOCHS, Leg, run_leg
 from tests.helpers.training import assert_same_checkpoint
 
@@ -18,6 +19,7 @@ PLANS = {"0-3": 1, "0-1|2-3": 2, "0,2|1,3": 2, "T0-3|S0-3": 2, "0|1-2|3": 3, "0|
 MODULES = ("linear", "dropout")
 LOADERS = ("plain", "workers", "noisy", "generator")
 NUM_STEPS = 11 * NUM_EPOCHS
+_LONGEST_S = 400.0
 
 
 def try_rounds(num_rounds: int, seed: int) -> list[str]:
@@ -36,9 +38,10 @@ def try_rounds(num_rounds: int, seed: int) -> list[str]:
         name = f"round {index}: {module}, {loader}, " + " then ".join(
             f"{leg.plan}" if leg.kill_at is None else f"{leg.plan} killed after step {leg.kill_at}" for leg in legs
         )
-        if not _plays(legs, references[module, loader]):
-            failed.append(name)
-            sys.stderr.write(f"FAILED {name}\n")
+        problem = _play(legs, references[module, loader])
+        if problem:
+            failed.append(f"{name}: {problem}")
+            sys.stderr.write(f"FAILED {failed[-1]}\n")
     return failed
 
 
@@ -75,13 +78,15 @@ def _draw_legs(source: random.Random, module: str, loader: str) -> list[Leg]:
     return [*legs, Leg(plan=plan, num_ranks=PLANS[plan], module=module, loader=loader, every=every)]
 
 
-def _plays(legs: list[Leg], reference: Any) -> bool:
-    with tempfile.TemporaryDirectory() as directory:
-        states = None
-        for leg in legs:
-            states = run_leg(leg, Path(directory))
+def _play(legs: list[Leg], reference: Any) -> str:
+    """Play a round; say what went wrong, nothing if all went well."""
     try:
+        with tempfile.TemporaryDirectory() as directory:
+            states = None
+            for leg in legs:
+                # On a busy machine nothing is quick; what hangs, hangs longer.
+                states = run_leg(leg, Path(directory), timeout=_LONGEST_S)
         assert_same_checkpoint(reference, states)
-    except AssertionError:
-        return False
-    return True
+    except (AssertionError, RankError, TimeoutError) as error:
+        return str(error).splitlines()[0]
+    return ""
