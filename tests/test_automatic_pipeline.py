@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning_pipebd import PipeBDStrategy, PlanError
 from lightning_pipebd.bench import Bench
 from lightning_pipebd.cli import main
+from lightning_pipebd.commands.pipeline_answer import pipeline_entries
 from lightning_pipebd.cost_tables import MeasurementCache, as_measurement, load_measurement, save_measurement
 from lightning_pipebd.machines import Machine
 from lightning_pipebd.pipeline_measuring import measure_pipeline
@@ -230,3 +231,14 @@ def test_the_commands_know_whole_students(
     assert main(["simulate", "--costs", str(saved), "--devices", "2", "--plan", "0|1"]) == 1
     assert "is of a whole student" in capsys.readouterr().err
     assert main(["plan", "--costs", str(saved), "--devices", "2", "--plot", "a.svg"]) == 1
+
+
+@pytest.mark.parametrize("name", ["byol", "contrast", "distil"])
+def test_a_comparison_of_runs_covers_every_entry_of_the_checkpoint_once(name: str) -> None:
+    module = WHOLE_STUDENTS[name]()
+    entries = list(pipeline_entries(module))
+    compared = [id(tensor) for _, parameters, buffers in entries for tensor in (*parameters, *buffers)]
+    assert sorted(compared) == sorted(map(id, module.state_dict(keep_vars=True).values()))
+    names = [block for block, _, _ in entries]
+    assert ("teacher 0" in names) == (name != "distil")
+    assert ("loss" in names) == (name != "distil")
