@@ -97,7 +97,7 @@ class FaultyStream(IterableDataset[Any]):
 def break_saving(fault: str) -> None:
     """Have every further checkpoint of this process fail when its bytes go to the disk, or kill the process then."""
 
-    def fail(descriptor: Any) -> None:
+    def fail(fd: Any) -> None:
         # All bytes are written by then, but the file has not its name yet.
         if fault == "kill in save":
             os.kill(os.getpid(), signal.SIGKILL)
