@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.runtime.block_pairs import BlockPairs
@@ -16,6 +18,7 @@ from lightning_pipebd.runtime.momentum import Buffers, MomentumBlock, MomentumTe
 __all__ = ["BlockMomentum", "first_teacher"]
 
 _KEY = "teacher_updates"
+_followed: WeakKeyDictionary[Optimizer, BlockMomentum] = WeakKeyDictionary()
 
 
 def first_teacher(teacher: nn.Module | None, student: nn.Module, momentum: object, listed: object) -> nn.Module:
@@ -71,6 +74,18 @@ class BlockMomentum:
         self._buffers: Buffers = buffers
         self.num_updates = 0
         self.blocks: Collection[int] | None = None
+
+    def follow_steps_of(self, optimizer: Optimizer, still: Callable[[], Collection[int]]) -> None:
+        """Follow after every step of an optimizer, also of the one that is under way.
+
+        Args:
+            optimizer: Trains the student.
+            still: Gives the blocks whose update was left out.
+        """
+        # No override of the module's `optimizer_step`: Lightning warns every user of a class that has one.
+        if _followed.get(optimizer) is not self:
+            _followed[optimizer] = self
+            optimizer.register_step_post_hook(lambda *_: self.follow(still()))
 
     def follow(self, still: Collection[int]) -> None:
         """Let the blocks of this rank follow, except for those whose update was left out."""

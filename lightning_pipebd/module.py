@@ -317,13 +317,6 @@ class BlockwiseDistillationModule(DistillationModule):
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=num_rows, sync_dist=True)
 
     @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, and let a momentum teacher follow: once per optimizer step, however many batches it took."""
-        super().optimizer_step(*args, **kwargs)
-        if self.block_momentum is not None:
-            self.block_momentum.follow(self._still)
-
-    @override
     def train(self, mode: bool = True) -> BlockwiseDistillationModule:
         super().train(mode)
         if self.block_momentum is not None:
@@ -341,6 +334,8 @@ class BlockwiseDistillationModule(DistillationModule):
 
         Gradients that are not finite are found here, too (``on_nonfinite``).
         """
+        if self.block_momentum is not None:
+            self.block_momentum.follow_steps_of(optimizer, lambda: self._still)
         # A loss scaler, where plain Lightning has one, looks for itself, and skips the step.
         noted = self.finite_guard.noted_blocks
         self._still.clear()

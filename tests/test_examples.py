@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,8 @@ def _compare_rows(rank: int, environment: dict[str, str]) -> None:
 
     digits.ROWS = [row for row in digits.ROWS if row[1] == "pipebd"]
     digits.compare()
+    # The results of this process are sent before it ends, and with that before its output is.
+    sys.stdout.flush()
 
 
 def test_the_demo_starts_its_rows_as_scripts_and_ends_with_a_table(

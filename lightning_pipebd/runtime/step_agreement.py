@@ -103,6 +103,9 @@ class StepAgreement:
         deadline = time.monotonic() + patience_s
         with self._changed:
             self._num_done += 1
+            # Not only with the next heartbeat: steps may be so short that the run would be over by then.
+            for kind, num_requested in list(self._num_requested.items()):
+                self._bid(kind, num_requested)
             due = [self._wait(kind, deadline) for kind in sorted(self._own)] if can_stop else []
             found = [each for each in due if each is not None]
             for each in found:
