@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def _run(arguments: list[str], cache: Path, num_ranks: int = 1) -> str:
     return run_script(arguments, _environment(cache), num_ranks=num_ranks)
 
 
-def _compare_rows(rank: int, environment: dict[str, str]) -> None:
+def _compare_rows(rank: int, environment: dict[str, str]) -> str:
     os.environ.update(environment)
     # What this process was launched with is not for those that it starts.
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"):
@@ -45,16 +46,15 @@ def _compare_rows(rank: int, environment: dict[str, str]) -> None:
     from examples import digits
 
     digits.ROWS = [row for row in digits.ROWS if row[1] == "pipebd"]
-    digits.compare()
-    # The results of this process are sent before it ends, and with that before its output is.
-    sys.stdout.flush()
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        digits.compare()
+    return output.getvalue()
 
 
-def test_the_demo_starts_its_rows_as_scripts_and_ends_with_a_table(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    run_processes(1, _compare_rows, _environment(tmp_path), timeout=180)
-    *_, header, teacher, pipebd = capfd.readouterr().out.splitlines()
+def test_the_demo_starts_its_rows_as_scripts_and_ends_with_a_table(tmp_path: Path) -> None:
+    (output,) = run_processes(1, _compare_rows, _environment(tmp_path), timeout=180)
+    *_, header, teacher, pipebd = output.splitlines()
     assert header.split() == ["accuracy", "parameters", "epoch", "plan"]
     rows = [_LINE.fullmatch(line.rstrip()) for line in (teacher, pipebd)]
     assert [row and (row[1], row[3]) for row in rows] == [
