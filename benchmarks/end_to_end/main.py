@@ -2,9 +2,10 @@
 
     python -m benchmarks.end_to_end.main --ranks 4 8
 
-Every rank has one block of each model. The student's forward of a batch sleeps 80 ms, its backward twice that, the
-teacher's forward ``--ratio`` times that; a micro-batch sleeps its part. Compute needs no core, so eight ranks run on
-two. Processes, gloo, relay and executor are real; Lightning is left out, so that only the order of the work differs.
+Every rank has one block of each model. The student's forward of a batch sleeps ``--forward-ms``, its backward twice
+that, the teacher's forward ``--ratio`` times that; a micro-batch sleeps its part. Compute needs no core, so eight ranks
+run on two. Processes, gloo, relay and executor are real; Lightning is left out, so that only the order of the work
+differs.
 
     1f1b           the teacher works on the next batch in the gaps
     teacher-first  the teacher's pass of the batch, then the student in 1f1b order
@@ -38,7 +39,6 @@ from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 
-FORWARD_S = 0.080
 NUM_STEPS = 10
 WIDTH = 1024
 VARIANTS = ("1f1b", "teacher-first", "released")
@@ -47,17 +47,18 @@ VARIANTS = ("1f1b", "teacher-first", "released")
 class SleepingJobs:
     """Blocks that compute next to nothing, slowly."""
 
-    def __init__(self, ratio: float) -> None:
+    def __init__(self, ratio: float, forward_s: float) -> None:
         self.ratio = ratio
+        self.forward_s = forward_s
         self.num_rows = 1
         self.scale = nn.Parameter(torch.ones(1))
 
     def teach(self, block: int, boundary: Tensor) -> Tensor:
-        sleep(self.ratio * FORWARD_S * len(boundary) / self.num_rows)
+        sleep(self.ratio * self.forward_s * len(boundary) / self.num_rows)
         return boundary
 
     def forward(self, block: int, boundary: Tensor, rows: Rows) -> Any:
-        return Sleep.apply(boundary, self.scale, FORWARD_S * rows.num_rows / self.num_rows)
+        return Sleep.apply(boundary, self.scale, self.forward_s * rows.num_rows / self.num_rows)
 
     def loss(self, student_output: Any, teacher_output: Any, targets: Any, rows: Rows, num_rows: int) -> Any:
         loss = (student_output - teacher_output).square().mean()
@@ -95,7 +96,7 @@ def programs_of(variant: str, num_ranks: int, ratio: float) -> list[tuple[Pipeli
     return [compile_pipeline(plan, first, durations), compile_pipeline(plan, other, durations)]
 
 
-def run_rank(rank: int, num_ranks: int, ratio: float, repeats: int, folder: str) -> None:
+def run_rank(rank: int, num_ranks: int, ratio: float, forward_s: float, repeats: int, folder: str) -> None:
     """Run all variants in turn; every rank writes its pace."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
@@ -106,19 +107,22 @@ def run_rank(rank: int, num_ranks: int, ratio: float, repeats: int, folder: str)
     for _ in range(repeats):
         for variant in VARIANTS:
             transport.all_gather_object(None)
-            lines.append(f"{variant} {step_time_ms(rank, num_ranks, variant, ratio, transport)}")
+            lines.append(
+                f"{variant} {step_time_ms(rank, num_ranks, variant, SleepingJobs(ratio, forward_s), transport)}"
+            )
     Path(folder, f"{rank}.txt").write_text("\n".join(lines))
     transport.all_gather_object(None)
     dist.destroy_process_group()
 
 
-def step_time_ms(rank: int, num_ranks: int, variant: str, ratio: float, transport: ProcessGroupTransport) -> float:
+def step_time_ms(
+    rank: int, num_ranks: int, variant: str, jobs: SleepingJobs, transport: ProcessGroupTransport
+) -> float:
     """Train a few steps and give the time of one."""
-    jobs = SleepingJobs(ratio)
     around = [other for other in (rank - 1, rank + 1) if 0 <= other < num_ranks]
     relay = Relay(transport, sources=around, destinations=around)
     executor = PipelineExecutor(jobs, relay, num_teacher_blocks=num_ranks, num_student_blocks=num_ranks)
-    first, other = (programs[rank] for programs in programs_of(variant, num_ranks, ratio))
+    first, other = (programs[rank] for programs in programs_of(variant, num_ranks, jobs.ratio))
     jobs.num_rows = first.num_rows
     batch = RowTree(Rows(0, first.num_rows), torch.randn(first.num_rows, WIDTH), (True,))
     loaded = {Stream.HIDDEN: batch, Stream.BOUNDARY: batch} if rank == 0 else {}
@@ -132,14 +136,14 @@ def step_time_ms(rank: int, num_ranks: int, variant: str, ratio: float, transpor
     return (stamps[-1] - stamps[skipped]) / (NUM_STEPS - 1 - skipped) * 1000
 
 
-def measure(num_ranks: int, ratio: float, repeats: int) -> None:
+def measure(num_ranks: int, ratio: float, forward_s: float, repeats: int) -> None:
     """Print a line for each variant."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (num_ranks, ratio, repeats, folder), nprocs=num_ranks)
+        mp.spawn(run_rank, (num_ranks, ratio, forward_s, repeats, folder), nprocs=num_ranks)
         texts = [Path(folder, f"{rank}.txt").read_text().splitlines() for rank in range(num_ranks)]
     # In the steady state all ranks have one pace; over few steps the slowest tells it.
     runs = [(lines[0].split()[0], max(float(line.split()[1]) for line in lines)) for lines in zip(*texts, strict=True)]
-    work_ms = (3 + ratio) * FORWARD_S * 1000
+    work_ms = (3 + ratio) * forward_s * 1000
     medians = {variant: statistics.median(ms for name, ms in runs if name == variant) for variant in VARIANTS}
     for variant, median_ms in medians.items():
         programs = programs_of(variant, num_ranks, ratio)[1]
@@ -155,10 +159,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[4])
     parser.add_argument("--ratio", type=float, default=1.0, help="the teacher's forward, in forwards of the student")
+    parser.add_argument("--forward-ms", type=float, default=240.0, help="the student's forward of a batch on each rank")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     for num_ranks in arguments.ranks:
-        measure(num_ranks, arguments.ratio, arguments.repeats)
+        measure(num_ranks, arguments.ratio, arguments.forward_ms / 1000, arguments.repeats)
 
 
 if __name__ == "__main__":
