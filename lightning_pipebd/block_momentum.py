@@ -90,10 +90,9 @@ class BlockMomentum:
     def follow(self, still: Collection[int]) -> None:
         """Let the blocks of this rank follow, except for those whose update was left out."""
         momentum = self._momentum(self.num_updates) if callable(self._momentum) else self._momentum
-        teacher = MomentumTeacher([self._block(block) for block in range(len(self._pairs.names))], self._buffers)
         for block in range(len(self._pairs.names)) if self.blocks is None else self.blocks:
             if block not in still:
-                teacher.follow(block, float(momentum))
+                MomentumTeacher([self._block(block)], self._buffers).follow(0, float(momentum))
         self.num_updates += 1
 
     def tensors(self, block: int) -> list[Tensor]:
@@ -108,7 +107,7 @@ class BlockMomentum:
             PlanError: Names the block and the ranks.
         """
         for block in range(plan.num_blocks):
-            strangers = {share.rank for share in plan.teacher[block]} - set(plan.student_ranks(block))
+            strangers = set(plan.teacher_ranks(block)) - set(plan.student_ranks(block))
             if strangers:
                 raise PlanError(
                     f"`plan` must have teacher block {block} where its student block is trained, because it follows "

@@ -97,8 +97,7 @@ def watch_plan(
     jobs = [
         block
         for block in range(plan.num_blocks)
-        if transport.rank in plan.student_ranks(block)
-        or any(share.rank == transport.rank for share in plan.teacher[block])
+        if transport.rank in plan.student_ranks(block) or transport.rank in plan.teacher_ranks(block)
     ]
 
     def programs(num_rows: int, is_update: bool) -> Sequence[Program]:

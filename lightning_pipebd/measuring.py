@@ -10,9 +10,8 @@ from math import hypot
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from lightning_pipebd.bench import Bench, TimedNews, bring_batch, share_first_batch
 from lightning_pipebd.block_jobs import BlockJobs
@@ -32,7 +31,7 @@ from lightning_pipebd.runtime.link_probe import Links, measure_links, probe_edge
 from lightning_pipebd.runtime.optimizer_costs import measure_updates
 from lightning_pipebd.runtime.partition import has_batch_statistics, is_stochastic
 from lightning_pipebd.runtime.profiler import BlockParts, BlockProfile, measured_row_counts, profile_blocks
-from lightning_pipebd.runtime.row_trees import count_rows
+from lightning_pipebd.runtime.row_trees import count_rows, tree_bytes
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 
 __all__ = ["block_traits", "count_batch_rows", "first_batch", "measure_module"]
@@ -242,7 +241,6 @@ def _put_together(
         for block, own in found.profile.blocks.items():
             times.setdefault(block, []).append(replace(own.times, update_ms=found.update_ms[block]))
             sizes[block] = replace(own.sizes, optimizer_bytes=found.optimizer_bytes[block])
-    labels = [leaf for leaf in pytree.tree_leaves(batch[1]) if isinstance(leaf, Tensor)]
     costs = CostTable(
         blocks=tuple(sizes[block] for block in range(module.num_blocks)),
         devices=tuple(
@@ -250,7 +248,7 @@ def _put_together(
             for name, times in classes.items()
         ),
         boundary_bytes_per_row=boundary_bytes,
-        target_bytes_per_row=sum(leaf.nbytes for leaf in labels) // num_rows if module.target_blocks else 0,
+        target_bytes_per_row=tree_bytes(batch[1]) // num_rows if module.target_blocks else 0,
         loader=first.loader,
         same_node=links.same_node,
         other_node=links.other_node,

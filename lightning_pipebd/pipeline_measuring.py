@@ -8,9 +8,8 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from lightning_pipebd.bench import Bench, TimedNews, bring_batch, share_first_batch
 from lightning_pipebd.cost_tables import MeasurementCache
@@ -26,7 +25,7 @@ from lightning_pipebd.runtime.momentum import MomentumBlock, MomentumTeacher, bl
 from lightning_pipebd.runtime.optimizer_costs import measure_updates
 from lightning_pipebd.runtime.partition import Partition, has_batch_statistics, is_stochastic
 from lightning_pipebd.runtime.pipeline_profiler import PipelineParts, PipelineProfile, PipelineProfiler
-from lightning_pipebd.runtime.row_trees import count_rows
+from lightning_pipebd.runtime.row_trees import count_rows, tree_bytes
 from lightning_pipebd.runtime.sampling import device_clock, median_ms
 from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
 from lightning_pipebd.teacher_student import TeacherStudentModule
@@ -221,9 +220,9 @@ def _put_together(
         student=tuple(_student_costs(module, block, findings) for block in range(module.num_student_blocks)),
         num_rows=num_rows,
         loss_ms=loss_ms,
-        teacher_input_bytes_per_row=_bytes_per_row(module.teacher_inputs(inputs), num_rows),
-        student_input_bytes_per_row=_bytes_per_row(inputs, num_rows),
-        target_bytes_per_row=_bytes_per_row(labels, num_rows),
+        teacher_input_bytes_per_row=tree_bytes(module.teacher_inputs(inputs)) // num_rows,
+        student_input_bytes_per_row=tree_bytes(inputs) // num_rows,
+        target_bytes_per_row=tree_bytes(labels) // num_rows,
         loader=first.loader,
         same_node=links.same_node,
         other_node=links.other_node,
@@ -274,7 +273,3 @@ def _name(partition: Partition, block: int) -> str:
     """Name a block by its first parameter's module, as far as it has one."""
     names = partition.parameter_names[block]
     return names[0].rpartition(".")[0] or names[0] if names else "no parameters"
-
-
-def _bytes_per_row(tree: Any, num_rows: int) -> int:
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)) // num_rows

@@ -143,9 +143,7 @@ class TrainingSession(FitSession):
         )
         if self._module.block_momentum is not None:
             self._module.block_momentum.blocks = [
-                block
-                for block, shares in enumerate(self._plan.teacher)
-                if any(share.rank == self._rank for share in shares)
+                block for block in range(self._plan.num_blocks) if self._rank in self._plan.teacher_ranks(block)
             ]
         self._is_open = True
 
@@ -256,7 +254,7 @@ class TrainingSession(FitSession):
             return
         pairs = self._module.block_pairs
         for block in range(self._plan.num_blocks):
-            is_taught = any(share.rank == self._rank for share in self._plan.teacher[block])
+            is_taught = self._rank in self._plan.teacher_ranks(block)
             pairs.teacher.blocks[block].to(device if is_taught else "cpu")
             home = device if block in self._learned else torch.device("cpu")
             pairs.student.blocks[block].to(home)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +23,7 @@ from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves, take_rows
-from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
+from lightning_pipebd.runtime.side_effects import on_device, preserved_random_states, untouched
 from lightning_pipebd.session import plan_edges
 
 __all__ = ["try_plans"]
@@ -94,7 +92,7 @@ class _Trial:
         )
         children = [child for _, child in module.named_children()]
         try:
-            with preserved_random_states(), self._at_work(), module.not_logging():
+            with preserved_random_states(), on_device(self._modules(), self._bench.device), module.not_logging():
                 with untouched([module.teacher, *children], alone=[module]):
                     pace_ms = self._measure(executor)
                 relay.close()
@@ -138,21 +136,13 @@ class _Trial:
         }
         return {boundary: take_rows(whole, rows) for boundary, whole in wholes.items()}
 
-    @contextmanager
-    def _at_work(self) -> Iterator[None]:
-        """Have this rank's blocks on its device, and afterwards where they were."""
-        pairs, device = self._bench.module.block_pairs, self._bench.device
-        teaches = [any(share.rank == self._rank for share in job) for job in self._plan.teacher]
-        modules: list[nn.Module] = [pairs.teacher.blocks[block] for block, is_mine in enumerate(teaches) if is_mine]
-        modules += [pairs.student.blocks[block] for block in self._learned]
-        adapters = self._bench.module.adapters
+    def _modules(self) -> list[nn.Module]:
+        """Give the blocks of this rank, with their adapters."""
+        pairs, adapters = self._bench.module.block_pairs, self._bench.module.adapters
+        taught = [block for block in range(self._plan.num_blocks) if self._rank in self._plan.teacher_ranks(block)]
         names = [f"{side}_{block}" for side in ("input", "output") for block in self._learned]
-        modules += [adapters[name] for name in names if name in adapters]
-        homes = [next((parameter.device for parameter in module.parameters()), device) for module in modules]
-        for module in modules:
-            module.to(device)
-        try:
-            yield
-        finally:
-            for module, home in zip(modules, homes, strict=True):
-                module.to(home)
+        return [
+            *(pairs.teacher.blocks[block] for block in taught),
+            *(pairs.student.blocks[block] for block in self._learned),
+            *(adapters[name] for name in names if name in adapters),
+        ]

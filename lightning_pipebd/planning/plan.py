@@ -205,6 +205,10 @@ class Plan:
         """List the ranks that train this student block, in ascending order."""
         return tuple(sorted(rank for rank, _ in self.student[block]))
 
+    def teacher_ranks(self, block: int) -> tuple[int, ...]:
+        """List the ranks that run this teacher block, in ascending order."""
+        return tuple(sorted(rank for rank, _ in self.teacher[block]))
+
     def owner(self, block: int) -> int:
         """Give the rank whose copy of this student block is handed over: the one with its first rows."""
         return self.student[block][0].rank

@@ -100,11 +100,8 @@ class MomentumTeacher:
 
 def block_tensors(model: nn.Module, names: Sequence[str]) -> list[Tensor]:
     """Give a model's parameters or buffers by name."""
-    known = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-    return [known[name] for name in names]
+    owners = [(model.get_submodule(path), name) for path, _, name in (name.rpartition(".") for name in names)]
+    return [getattr(owner, name) for owner, name in owners]
 
 
 def _average(averages: Sequence[Tensor], news: Sequence[Tensor], momentum: float) -> None:

@@ -6,8 +6,7 @@ rounds. Nothing that runs leaves a trace in weights, buffers, gradients or rando
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from math import isclose
 from typing import Any, NamedTuple, Protocol
@@ -19,9 +18,16 @@ from torch.utils import _pytree as pytree
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.peak_memory import peak_and_held_bytes
-from lightning_pipebd.runtime.row_trees import RowTree, find_row_leaves, leading_row_leaves, take_rows
+from lightning_pipebd.runtime.row_trees import (
+    RowTree,
+    divide_rows,
+    find_row_leaves,
+    leading_row_leaves,
+    take_rows,
+    tree_bytes,
+)
 from lightning_pipebd.runtime.sampling import Samples, device_clock
-from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
+from lightning_pipebd.runtime.side_effects import at_work, preserved_random_states, untouched
 
 __all__ = ["PipelineParts", "PipelineProfile", "PipelineProfiler", "StudentFindings", "TeacherFindings"]
 
@@ -182,7 +188,7 @@ class PipelineProfiler:
     # The walk.
 
     def _walk(self, inputs: tuple[Any, Any, Any], teacher: Collection[int], student: Collection[int]) -> None:
-        taught, studied, targets = (self._divide(tree) for tree in inputs)
+        taught, studied, targets = (divide_rows(tree, self._num_rows, self._row_counts) for tree in inputs)
         for block, modules in enumerate(self._parts.teacher):
             call = partial(self._work.teach, block)
             taught = self._step("teach", block, modules, call, taught, block in teacher)
@@ -207,7 +213,7 @@ class PipelineProfiler:
     ) -> dict[int, Any]:
         """Run a block on every number of rows; less than the batch only as long as the outputs' rows come first."""
         outputs: dict[int, Any] = {}
-        with self._at_work(modules):
+        with at_work(modules, self._device):
             whole = outputs[self._num_rows] = call(given[self._num_rows])
             try:
                 for rows in sorted(given.keys() - {self._num_rows}):
@@ -220,19 +226,19 @@ class PipelineProfiler:
                 outputs = {self._num_rows: whole}
         if is_own:
             for rows, output in outputs.items():
-                self._cases[kind, block, rows] = _Case(self._keep(given[rows]), _tree_bytes(output))
+                self._cases[kind, block, rows] = _Case(self._keep(given[rows]), tree_bytes(output))
         return outputs
 
     # Times.
 
     def _time_teacher(self, block: int) -> None:
-        with self._at_work(self._parts.teacher[block]):
+        with at_work(self._parts.teacher[block], self._device):
             for rows, case in self._cases_of("teach", block):
                 boundary = self._brought(case.boundary)
                 self._samples.take(("teach", block, rows), partial(self._work.teach, block, boundary))
 
     def _time_student(self, block: int) -> None:
-        with self._at_work(self._parts.student[block]):
+        with at_work(self._parts.student[block], self._device):
             for rows, case in self._cases_of("study", block):
                 boundary = _as_leaves(self._brought(case.boundary))
                 outputs: list[Any] = []
@@ -280,14 +286,14 @@ class PipelineProfiler:
     def _teacher_bytes(self, block: int) -> tuple[int, int, int]:
         case = self._cases["teach", block, self._num_rows]
         boundary = self._brought(case.boundary)
-        with self._at_work(self._parts.teacher[block]):
+        with at_work(self._parts.teacher[block], self._device):
             peak, _ = peak_and_held_bytes(partial(self._work.teach, block, boundary), self._device)
         return max(0, peak - case.output_bytes), 0, case.output_bytes
 
     def _student_bytes(self, block: int) -> tuple[int, int, int]:
         case = self._cases["study", block, self._num_rows]
         boundary = _as_leaves(self._brought(case.boundary))
-        with self._at_work(self._parts.student[block]):
+        with at_work(self._parts.student[block], self._device):
             # The second time: gradients of the weights are there, as they are counted by themselves.
             _backward(self._work.forward(block, boundary, self._all_rows))
             outputs: list[Any] = []
@@ -296,7 +302,7 @@ class PipelineProfiler:
             )
             back, _ = peak_and_held_bytes(partial(_backward, outputs.pop()), self._device)
             self._drop_gradients(block)
-        return max(0, peak - held, back - _tree_bytes(case.boundary)), held, case.output_bytes
+        return max(0, peak - held, back - tree_bytes(case.boundary)), held, case.output_bytes
 
     # Both.
 
@@ -344,10 +350,6 @@ class PipelineProfiler:
             for parameter in module.parameters():
                 parameter.grad = None
 
-    def _divide(self, tree: Any) -> dict[int, Any]:
-        whole = RowTree(Rows(0, self._num_rows), tree, leading_row_leaves(tree, self._num_rows))
-        return {rows: take_rows(whole, Rows(0, rows)).tree for rows in self._row_counts}
-
     def _keep(self, tree: Any) -> Any:
         """Put a boundary aside: to host memory if the device is a GPU."""
         if self._device.type != "cuda":
@@ -359,19 +361,6 @@ class PipelineProfiler:
             Tensor, lambda leaf: leaf.detach().to(self._device).requires_grad_(leaf.requires_grad), tree
         )
 
-    @contextmanager
-    def _at_work(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Have modules on the device, and afterwards where and as they were."""
-        homes = [next((parameter.device for parameter in module.parameters()), self._device) for module in modules]
-        for module in modules:
-            module.to(self._device)
-        try:
-            with untouched(modules):
-                yield
-        finally:
-            for module, home in zip(modules, homes, strict=True):
-                module.to(home)
-
 
 def _as_leaves(tree: Any) -> Any:
     """Give fresh leaves, so that no gradient of an earlier round is there."""
@@ -382,7 +371,3 @@ def _backward(output: Any) -> None:
     wanted = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if wanted:
         torch.autograd.backward(wanted, [torch.ones_like(leaf) for leaf in wanted])
-
-
-def _tree_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -7,8 +7,7 @@ will do in training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isclose
@@ -23,9 +22,16 @@ from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.executor import Jobs
 from lightning_pipebd.runtime.peak_memory import peak_bytes
-from lightning_pipebd.runtime.row_trees import RowTree, find_row_leaves, leading_row_leaves, take_rows
+from lightning_pipebd.runtime.row_trees import (
+    RowTree,
+    divide_rows,
+    find_row_leaves,
+    leading_row_leaves,
+    take_rows,
+    tree_bytes,
+)
 from lightning_pipebd.runtime.sampling import Samples, device_clock
-from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
+from lightning_pipebd.runtime.side_effects import at_work, preserved_random_states
 
 __all__ = ["BlockCosts", "BlockParts", "BlockProfile", "measured_row_counts", "profile_blocks"]
 
@@ -121,9 +127,9 @@ class _Profiler:
 
     def walk(self, inputs: Any, labels: Any, row_counts: Sequence[int], own: Collection[int]) -> _Walk:
         found = _Walk()
-        boundaries = _divide(inputs, self.num_rows, row_counts)
-        all_labels = _divide(labels, self.num_rows, row_counts)
-        found.boundary_bytes.append(_tree_bytes(boundaries[self.num_rows]) // self.num_rows)
+        boundaries = divide_rows(inputs, self.num_rows, row_counts)
+        all_labels = divide_rows(labels, self.num_rows, row_counts)
+        found.boundary_bytes.append(tree_bytes(boundaries[self.num_rows]) // self.num_rows)
         found.row_leaves[0] = leading_row_leaves(inputs, self.num_rows)
         for index, parts in enumerate(self.blocks):
             targets = self._teach_all(index, parts, boundaries, found)
@@ -131,12 +137,12 @@ class _Profiler:
                 for rows, target in targets.items():
                     found.cases[index, rows] = _Case(*map(self._keep, (boundaries[rows], target, all_labels[rows])))
             boundaries = targets
-            found.boundary_bytes.append(_tree_bytes(boundaries[self.num_rows]) // self.num_rows)
+            found.boundary_bytes.append(tree_bytes(boundaries[self.num_rows]) // self.num_rows)
         return found
 
     def _teach_all(self, index: int, parts: BlockParts, boundaries: dict[int, Any], found: _Walk) -> dict[int, Any]:
         targets = {}
-        with _at_work([parts.teacher], self.device):
+        with at_work([parts.teacher], self.device):
             whole = targets[self.num_rows] = self.jobs.teach(index, boundaries[self.num_rows])
             try:
                 for rows in sorted(boundaries.keys() - {self.num_rows}):
@@ -163,7 +169,7 @@ class _Profiler:
 
     def _visit(self, index: int, found: _Walk, samples: Samples) -> None:
         parts = self.blocks[index]
-        with _at_work([parts.teacher, *parts.student], self.device):
+        with at_work([parts.teacher, *parts.student], self.device):
             for (block, rows), kept in found.cases.items():
                 if block != index:
                     continue
@@ -194,7 +200,7 @@ class _Profiler:
         ]
         modules = [self.blocks[index].teacher, *self.blocks[index].student]
         try:
-            with _at_work(modules, self.device):
+            with at_work(modules, self.device):
                 whole = self._learn(index, self._brought(case), self.num_rows).item()
                 losses = [
                     self._learn(index, self._brought(part), rows).item() * rows / self.num_rows
@@ -210,13 +216,13 @@ class _Profiler:
     def sizes(self, index: int, found: _Walk) -> BlockSizes:
         parts, case = self.blocks[index], found.cases[index, self.num_rows]
         trained = [parameter for parameter in parts.parameters if parameter.requires_grad]
-        with _at_work([parts.teacher, *parts.student], self.device):
+        with at_work([parts.teacher, *parts.student], self.device):
             case = self._brought(case)
             teach = peak_bytes(partial(self.jobs.teach, index, case.boundary), self.device)
             # The second time: gradients are there, as they are counted by themselves.
             self._learn(index, case, self.num_rows)
             learn = peak_bytes(partial(self._learn, index, case, self.num_rows), self.device)
-            target_bytes = _tree_bytes(case.target)
+            target_bytes = tree_bytes(case.target)
         return BlockSizes(
             name=parts.name,
             teacher_parameter_bytes=_module_bytes([parts.teacher]),
@@ -285,31 +291,8 @@ def profile_blocks(
     )
 
 
-@contextmanager
-def _at_work(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Have modules on the device, and afterwards where and as they were."""
-    homes = [next((parameter.device for parameter in module.parameters()), device) for module in modules]
-    for module in modules:
-        module.to(device)
-    try:
-        with untouched(modules):
-            yield
-    finally:
-        for module, home in zip(modules, homes, strict=True):
-            module.to(home)
-
-
-def _divide(tree: Any, num_rows: int, row_counts: Sequence[int]) -> dict[int, Any]:
-    whole = RowTree(Rows(0, num_rows), tree, leading_row_leaves(tree, num_rows))
-    return {rows: take_rows(whole, Rows(0, rows)).tree for rows in row_counts}
-
-
 def _cut(tree: Any, row_leaves: tuple[bool, ...], num_rows: int, rows: Rows) -> Any:
     return take_rows(RowTree(Rows(0, num_rows), tree, row_leaves), rows).tree
-
-
-def _tree_bytes(tree: Any) -> int:
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _module_bytes(modules: Sequence[nn.Module]) -> int:

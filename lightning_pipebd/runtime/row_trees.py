@@ -15,7 +15,17 @@ from torch.utils import _pytree as pytree
 
 from lightning_pipebd.planning.plan import Rows
 
-__all__ = ["RowTree", "count_rows", "find_row_leaves", "holds_rows", "join_rows", "leading_row_leaves", "take_rows"]
+__all__ = [
+    "RowTree",
+    "count_rows",
+    "divide_rows",
+    "find_row_leaves",
+    "holds_rows",
+    "join_rows",
+    "leading_row_leaves",
+    "take_rows",
+    "tree_bytes",
+]
 
 
 class RowTree:
@@ -169,3 +179,14 @@ def _map_rows(tree: Any, flags: tuple[bool, ...], function: Callable[[Tensor], T
     return pytree.tree_unflatten(
         [function(leaf) if flag else leaf for flag, leaf in zip(flags, leaves, strict=True)], spec
     )
+
+
+def divide_rows(tree: Any, num_rows: int, row_counts: Sequence[int]) -> dict[int, Any]:
+    """Give the first rows of a batch's tree, for each of some numbers of rows."""
+    whole = RowTree(Rows(0, num_rows), tree, leading_row_leaves(tree, num_rows))
+    return {rows: take_rows(whole, Rows(0, rows)).tree for rows in row_counts}
+
+
+def tree_bytes(tree: Any) -> int:
+    """Give the bytes of all tensors of a tree."""
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))

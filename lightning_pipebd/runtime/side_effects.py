@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_pipebd.runtime.random_streams import borrowed_random_states, random_states
 
-__all__ = ["preserved_random_states", "untouched"]
+__all__ = ["at_work", "on_device", "preserved_random_states", "untouched"]
 
 _Snapshot = list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]]
 
@@ -33,6 +33,19 @@ def preserved_random_states() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's own function
     with torch.random.fork_rng(devices=devices), borrowed_random_states(random_states()):
         yield
+
+
+@contextmanager
+def on_device(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Have modules on a device inside the context, and afterwards where they were."""
+    homes = [next((parameter.device for parameter in module.parameters()), device) for module in modules]
+    for module in modules:
+        module.to(device)
+    try:
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            module.to(home)
 
 
 @contextmanager
@@ -68,6 +81,13 @@ def untouched(modules: Iterable[nn.Module], *, alone: Iterable[nn.Module] = ()) 
                 _put_back(*saved)
         for parameter, gradient in gradients:
             parameter.grad = gradient
+
+
+@contextmanager
+def at_work(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Have modules on a device, and afterwards where and as they were."""
+    with on_device(modules, device), untouched(modules):
+        yield
 
 
 def _tables(module: nn.Module) -> tuple[dict[str, Any], ...]:

@@ -73,8 +73,7 @@ class StepAgreement:
     def bids(self) -> dict[str, list[int]]:
         """Bid where that is due; give all bids of this rank, for every kind in the order of the requests."""
         with self._changed:
-            for kind, num_requested in list(self._num_requested.items()):
-                self._bid(kind, num_requested)
+            self._bid_requested()
             return {kind: list(bids) for kind, bids in self._own.items()}
 
     def hear(self, others: Mapping[int, Mapping[str, Sequence[int]]], *, is_over: bool, has_failed: bool) -> None:
@@ -104,8 +103,7 @@ class StepAgreement:
         with self._changed:
             self._num_done += 1
             # Not only with the next heartbeat: steps may be so short that the run would be over by then.
-            for kind, num_requested in list(self._num_requested.items()):
-                self._bid(kind, num_requested)
+            self._bid_requested()
             due = [self._wait(kind, deadline) for kind in sorted(self._own)] if can_stop else []
             found = [each for each in due if each is not None]
             for each in found:
@@ -130,6 +128,10 @@ class StepAgreement:
             return None
         bids = [self._own[kind], *(others.get(kind, ()) for others in self._others)]
         return max(each[index] for each in bids) if all(len(each) > index for each in bids) else None
+
+    def _bid_requested(self) -> None:
+        for kind, num_requested in list(self._num_requested.items()):
+            self._bid(kind, num_requested)
 
     def _bid(self, kind: str, num_rounds: int) -> None:
         bids = self._own.setdefault(kind, [])
