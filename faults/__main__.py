@@ -27,7 +27,11 @@ def main() -> int:
     parser.add_argument("--print-only", action="store_true", help="leave the page as it is")
     options = parser.parse_args()
     trials = [
-        try_fault(fault, num_ranks) for fault in FAULTS for num_ranks in options.ranks for _ in range(options.times)
+        trial
+        for fault in FAULTS
+        for num_ranks in options.ranks
+        for _ in range(options.times)
+        if (trial := try_fault(fault, num_ranks)) is not None
     ]
     restarts = [restart for name in ELASTIC if (restart := try_restart(name)) is not None]
     fuzzed = _fuzz(options.configurations, options.seed)

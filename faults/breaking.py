@@ -35,7 +35,7 @@ class FaultyModule(LinearModule):
     """Fails in one step on one rank; says when.
 
     Attributes:
-        break_saving: Called in that step, where it is not the module that fails.
+        disturb: Called in that step, where it is not the module that fails.
     """
 
     def __init__(self, fault: str, rank: int, moment: Path, step: int) -> None:
@@ -44,7 +44,7 @@ class FaultyModule(LinearModule):
         self.rank = rank
         self.moment = moment
         self.step = step
-        self.break_saving: Callable[[], None] = lambda: None
+        self.disturb: Callable[[], None] = lambda: None
 
     def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:
         """Give the loss, or fail."""
@@ -53,7 +53,7 @@ class FaultyModule(LinearModule):
             return loss
         if self.fault not in ("loader", "batches"):
             note_moment(self.moment)
-        self.break_saving()
+        self.disturb()
         if self.fault == "sleep":
             time.sleep(1000)
         if self.fault == "raise":

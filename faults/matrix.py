@@ -12,6 +12,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from faults.breaking import SAVING_FAULTS, FaultyData, FaultyModule, FaultyStream, break_saving, note_moment
 from lightning_pipebd import CheckedCheckpointIO, PipeBDStrategy
+from tests.helpers.hosts import Hosts, be_on_host, joined_hosts, why_not
 from tests.helpers.ranks import find_free_port
 from tests.helpers.toy import ToyData
 
@@ -41,12 +43,14 @@ class Fault(NamedTuple):
         is_first: Whether it happens to the first rank, which loads and saves, or to the last.
         last_step: The newest checkpoint has this step at least.
         is_survived: Whether the run goes on to its end.
+        is_on_hosts: Whether the ranks are on two hosts, where the fault is that of none of them.
     """
 
     key: str
     is_first: bool = False
     last_step: int = STEP // EVERY * EVERY
     is_survived: bool = False
+    is_on_hosts: bool = False
 
 
 FAULTS = {
@@ -63,6 +67,7 @@ FAULTS = {
     "killed while it saves": Fault("kill in save", is_first=True),
     "the disk is full": Fault("full", is_first=True),
     '... with `on_save_error="warn"`': Fault("full, goes on", is_first=True, is_survived=True),
+    "the network between two hosts is cut": Fault("cut", is_first=True, is_on_hosts=True),
 }
 
 
@@ -96,22 +101,25 @@ class Trial(NamedTuple):
         return has_ended and all_failed and not self.num_damaged and self.last_step >= fault.last_step and not self.left
 
 
-def try_fault(name: str, num_ranks: int) -> Trial:
-    """Start a run, let it fail, and look at what is left."""
+def try_fault(name: str, num_ranks: int) -> Trial | None:
+    """Start a run, let it fail, and look at what is left; nothing where hosts cannot be had."""
     fault = FAULTS[name]
+    if fault.is_on_hosts and why_not():
+        return None
     faulty = 0 if fault.is_first else num_ranks - 1
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory() as directory, joined_hosts() if fault.is_on_hosts else nullcontext() as hosts:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "lightning", "lightning_pipebd", "faults.matrix"])
         port = find_free_port()
         processes: list[Any] = [
-            context.Process(target=_run, args=(rank, num_ranks, port, fault.key, faulty, directory))
+            context.Process(target=_run, args=(rank, num_ranks, port, fault.key, faulty, directory, hosts))
             for rank in range(num_ranks)
         ]
         for process in processes:
             process.start()
         pids = [process.pid for process in processes]
-        others = [process for rank, process in enumerate(processes) if rank != faulty or fault.is_survived]
+        has_culprit = not (fault.is_survived or fault.is_on_hosts)
+        others = [process for rank, process in enumerate(processes) if rank != faulty or not has_culprit]
         deadline = time.time() + PATIENCE_S
         while any(process.is_alive() for process in others) and time.time() < deadline:
             wait([process.sentinel for process in others if process.is_alive()], deadline - time.time())
@@ -176,13 +184,17 @@ def _processes_of(sessions: Sequence[int]) -> Iterator[str]:
                 yield f"process {name})"
 
 
-def _run(rank: int, num_ranks: int, port: int, fault: str, faulty: int, directory: str) -> None:
+def _run(
+    rank: int, num_ranks: int, port: int, fault: str, faulty: int, directory: str, hosts: Hosts | None = None
+) -> None:
     os.setsid()  # all that it starts can be told by its session
     # What would be on the terminal is of no interest here, only how it ends.
     with (Path(directory) / f"rank-{rank}.txt").open("w") as log:
         os.dup2(log.fileno(), sys.stderr.fileno())
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_ranks)}
     os.environ.update(address, NODE_RANK="0", RANK=str(rank), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    if hosts is not None:
+        be_on_host(rank * 2 // num_ranks, hosts)
     multiprocessing.set_start_method(None, force=True)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -196,7 +208,9 @@ def _run(rank: int, num_ranks: int, port: int, fault: str, faulty: int, director
     module = FaultyModule(fault, faulty, moment, STEP)
     io = CheckedCheckpointIO(on_save_error="warn" if "goes on" in fault else "raise")
     if rank == faulty and fault in SAVING_FAULTS:
-        module.break_saving = lambda: break_saving(fault)
+        module.disturb = lambda: break_saving(fault)
+    if rank == faulty and hosts is not None:
+        module.disturb = hosts.cut
     trainer = Trainer(
         accelerator="cpu",
         devices=num_ranks,

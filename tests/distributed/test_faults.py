@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.spawn, pytest.mark.slow]
 )
 def test_a_fault_ends_all_ranks_and_leaves_the_checkpoints(fault: str) -> None:
     trial = try_fault(fault, 2)
+    assert trial is not None
     assert trial.is_as_promised, trial
 
 

@@ -15,8 +15,7 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
 from lightning_pipebd import PipeBDStrategy
-from lightning_pipebd.runtime import shared_memory
-from tests.helpers.hosts import Hosts, joined_hosts, move_to, why_not
+from tests.helpers.hosts import Hosts, be_on_host, joined_hosts, why_not
 from tests.helpers.ranks import RankError, run_processes
 from tests.helpers.resuming import Leg, run_leg, train_leg
 from tests.helpers.toy import LinearModule, ToyData
@@ -30,14 +29,6 @@ pytestmark = [pytest.mark.spawn, pytest.mark.skipif(bool(REASON), reason=REASON)
 def hosts() -> Iterator[Hosts]:
     with joined_hosts() as found:
         yield found
-
-
-def be_on_host(rank: int, hosts: Hosts) -> None:
-    """Be a process of another machine: behind the cable, and without memory to share."""
-    move_to(hosts.names[rank])
-    # The name of this machine stands for itself alone on either host.
-    os.environ.update(MASTER_ADDR=hosts.addresses[0], GLOO_SOCKET_IFNAME=hosts.cables[rank])
-    shared_memory._boot = lambda: f"host-{rank}"
 
 
 def train_on_host(rank: int, hosts: Hosts, leg: Leg, directory: str) -> Any:

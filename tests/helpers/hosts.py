@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Hosts", "joined_hosts", "move_to", "why_not"]
+from lightning_pipebd.runtime import shared_memory
+
+__all__ = ["Hosts", "be_on_host", "joined_hosts", "move_to", "why_not"]
 
 _CLONE_NEWNET = 0x40000000
 
@@ -79,6 +81,14 @@ def move_to(name: str) -> None:
         library = ctypes.CDLL(None, use_errno=True)
         if library.setns(file.fileno(), _CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"cannot enter {name}")
+
+
+def be_on_host(host: int, hosts: Hosts) -> None:
+    """Be a process of another machine: behind the cable, and without memory to share with the other host."""
+    move_to(hosts.names[host])
+    # The name of this machine stands for itself alone on either host.
+    os.environ.update(MASTER_ADDR=hosts.addresses[0], GLOO_SOCKET_IFNAME=hosts.cables[host])
+    shared_memory._boot = lambda: f"host-{host}"
 
 
 def _ip(*words: str) -> None:
