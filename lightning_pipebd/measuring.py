@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +12,15 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_pipebd.bench import Bench, TimedNews, bring_batch, share_first_batch
+from lightning_pipebd.bench import (
+    Bench,
+    TimedNews,
+    bring_first_batch,
+    limited_noise,
+    measure_all_links,
+    recall_or_measure,
+    refuse_iterator,
+)
 from lightning_pipebd.block_jobs import BlockJobs
 from lightning_pipebd.cost_tables import MeasurementCache
 from lightning_pipebd.first_batch import FirstBatch
@@ -27,16 +34,15 @@ from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.explain import BlockTraits
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.runtime.agreement import done_by_all, done_by_rank_zero
-from lightning_pipebd.runtime.link_probe import Links, measure_links, probe_edges, probe_groups
+from lightning_pipebd.runtime.link_probe import Links
 from lightning_pipebd.runtime.optimizer_costs import measure_updates
 from lightning_pipebd.runtime.partition import has_batch_statistics, is_stochastic
 from lightning_pipebd.runtime.profiler import BlockParts, BlockProfile, measured_row_counts, profile_blocks
 from lightning_pipebd.runtime.row_trees import count_rows, tree_bytes
-from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
+from lightning_pipebd.runtime.side_effects import untouched
 
 __all__ = ["block_traits", "count_batch_rows", "first_batch", "measure_module"]
 
-_LEAST_NOISE, _MOST_NOISE = 0.01, 0.5
 # Beside all noise, predicted step times of different plans have been found this much off against each other.
 _MODEL_ERROR = 0.05
 
@@ -78,33 +84,29 @@ def measure_module(
     Raises:
         ValueError: The loader can be iterated only once, and the module has no example input.
     """
-    with preserved_random_states():
-        first = share_first_batch(bench, lambda: _example(bench))
-        if first.batch is None:
-            return None
-        inputs, labels = bring_batch(bench, first.batch)
-    num_rows = count_rows(inputs)
+    found = bring_first_batch(bench, lambda: _example(bench))
+    if found is None:
+        return None
+    first, batch = found
     key = measurement_key(
         bench.module,
-        (inputs, labels),
+        batch,
         optimizers,
         bench.plugin,
         machines=[machine[:3] for machine in machines],
         num_ranks=num_ranks,
         is_synchronised=bench.is_synchronised,
     )
-    known = done_by_rank_zero(bench.transport, lambda: cache.find(key) if cache else None)
-    if isinstance(known, Measurement):
-        bench.tell(f"Costs measured before are in {cache.path(key) if cache else ''}.")
-        # Loading is the one thing that no key can name.
-        return replace(known, costs=replace(known.costs, loader=first.loader))
-    bench.tell(f"Measuring {bench.module.num_blocks} blocks on a batch of {num_rows} rows.")
-    start = time.perf_counter()
-    measurement = _measure(bench, optimizers, machines, (inputs, labels), first, num_ranks)
-    bench.tell(f"Measured in {time.perf_counter() - start:.1f} s.")
-    if cache is not None and bench.transport.rank == 0:
-        cache.keep(key, measurement)
-    return measurement
+    measurement = recall_or_measure(
+        bench,
+        cache,
+        key,
+        Measurement,
+        f"{bench.module.num_blocks} blocks on a batch of {count_rows(batch[0])} rows",
+        lambda: _measure(bench, optimizers, machines, batch, first, num_ranks),
+    )
+    # Loading is the one thing that no key can name.
+    return replace(measurement, costs=replace(measurement.costs, loader=first.loader))
 
 
 def count_batch_rows(bench: Bench[BlockwiseDistillationModule]) -> int | None:
@@ -115,20 +117,17 @@ def count_batch_rows(bench: Bench[BlockwiseDistillationModule]) -> int | None:
 
 def first_batch(bench: Bench[BlockwiseDistillationModule]) -> tuple[Any, Any] | None:
     """**Collective** over all ranks: give input and labels of the first batch, on the device; `None` without one."""
-    with preserved_random_states():
-        first = share_first_batch(bench, lambda: _example(bench))
-        return None if first.batch is None else bring_batch(bench, first.batch)
+    found = bring_first_batch(bench, lambda: _example(bench))
+    return None if found is None else found[1]
 
 
 def _example(bench: Bench[BlockwiseDistillationModule]) -> FirstBatch:
     example = bench.module.example_input_array
     if example is None or bench.module.target_blocks:
-        msg = (
-            "`plan` must be given if the training data is an iterator that runs only once: looking at its first batch "
-            "would take that batch away. Give a plan, a loader that can be iterated again, or (without "
-            "`target_blocks`) an `example_input_array` of a whole batch."
+        refuse_iterator(
+            "a loader that can be iterated again, "
+            "or (without `target_blocks`) an `example_input_array` of a whole batch"
         )
-        raise ValueError(msg)
     return FirstBatch(example)
 
 
@@ -153,9 +152,7 @@ def _measure(
     num_ranks: int,
 ) -> Measurement:
     transport = bench.transport
-    nodes = [machine.node for machine in machines]
-    transport.connect(probe_edges(nodes), probe_groups(len(nodes)))
-    links = measure_links(transport, nodes, bench.device, num_threads=machines[0].num_threads)
+    links = measure_all_links(bench, machines)
     peers = [rank for rank, other in enumerate(machines) if other.device_class == machines[transport.rank].device_class]
     # Every block by two ranks: if one of them is disturbed, that must not look like a slow block.
     place, num_blocks = peers.index(transport.rank), bench.module.num_blocks
@@ -281,7 +278,7 @@ def _noise(findings: Sequence[_Findings], measured: Sequence[Sequence[BlockTimes
     ]
     total = hypot(*(first + second for first, second in pairs))
     disagreement = hypot(*(first - second for first, second in pairs)) / total if total else 0.0
-    return min(max(_LEAST_NOISE, disagreement, *(found.profile.noise for found in findings)), _MOST_NOISE)
+    return limited_noise(disagreement, *(found.profile.noise for found in findings))
 
 
 def _mean(times: Sequence[BlockTimes]) -> BlockTimes:

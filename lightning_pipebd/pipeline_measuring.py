@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -11,7 +10,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_pipebd.bench import Bench, TimedNews, bring_batch, share_first_batch
+from lightning_pipebd.bench import (
+    Bench,
+    TimedNews,
+    bring_first_batch,
+    limited_noise,
+    measure_all_links,
+    recall_or_measure,
+    refuse_iterator,
+)
 from lightning_pipebd.cost_tables import MeasurementCache
 from lightning_pipebd.first_batch import FirstBatch
 from lightning_pipebd.loop_costs import measure_loop
@@ -20,19 +27,18 @@ from lightning_pipebd.measurement_key import measurement_key
 from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement, StudentBlockCosts, TeacherBlockCosts
 from lightning_pipebd.runtime.agreement import done_by_all, done_by_rank_zero
-from lightning_pipebd.runtime.link_probe import Links, measure_links, probe_edges, probe_groups
+from lightning_pipebd.runtime.link_probe import Links
 from lightning_pipebd.runtime.momentum import MomentumBlock, MomentumTeacher, block_tensors
 from lightning_pipebd.runtime.optimizer_costs import measure_updates
 from lightning_pipebd.runtime.partition import Partition, has_batch_statistics, is_stochastic
 from lightning_pipebd.runtime.pipeline_profiler import PipelineParts, PipelineProfile, PipelineProfiler
 from lightning_pipebd.runtime.row_trees import count_rows, tree_bytes
 from lightning_pipebd.runtime.sampling import device_clock, median_ms
-from lightning_pipebd.runtime.side_effects import preserved_random_states, untouched
+from lightning_pipebd.runtime.side_effects import untouched
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["coupled_blocks", "measure_pipeline", "student_modules"]
 
-_LEAST_NOISE, _MOST_NOISE = 0.01, 0.5
 # A batch, a rank's part of it, and the smallest micro-batches that are looked at; the others lie between.
 _PARTS_PER_RANK = (1, 2, 4)
 _NUM_FOLLOWS = 6
@@ -73,41 +79,30 @@ def measure_pipeline(
     Raises:
         ValueError: The loader can be iterated only once.
     """
-    with preserved_random_states():
-        first = share_first_batch(bench, _refuse_iterator)
-        if first.batch is None:
-            return None
-        inputs, labels = bring_batch(bench, first.batch)
+    found = bring_first_batch(bench, lambda: refuse_iterator("or a loader that can be iterated again"))
+    if found is None:
+        return None
+    first, batch = found
     key = measurement_key(
         bench.module,
-        (inputs, labels),
+        batch,
         optimizers,
         bench.plugin,
         machines=[machine[:3] for machine in machines],
         num_ranks=num_ranks,
         is_synchronised=False,
     )
-    known = done_by_rank_zero(bench.transport, lambda: cache.find(key) if cache else None)
-    if isinstance(known, PipelineMeasurement):
-        bench.tell(f"Costs measured before are in {cache.path(key) if cache else ''}.")
-        # Loading is the one thing that no key can name.
-        return replace(known, loader=first.loader, looks_ahead=looks_ahead)
     number = bench.module.num_teacher_blocks + bench.module.num_student_blocks
-    bench.tell(f"Measuring {number} blocks on a batch of {count_rows(inputs)} rows.")
-    start = time.perf_counter()
-    measurement = _measure(bench, optimizers, machines, (inputs, labels), first, num_ranks)
-    bench.tell(f"Measured in {time.perf_counter() - start:.1f} s.")
-    if cache is not None and bench.transport.rank == 0:
-        cache.keep(key, measurement)
-    return replace(measurement, looks_ahead=looks_ahead)
-
-
-def _refuse_iterator() -> FirstBatch:
-    msg = (
-        "`plan` must be given if the training data is an iterator that runs only once: looking at its first batch "
-        "would take that batch away. Give a plan, or a loader that can be iterated again."
+    measurement = recall_or_measure(
+        bench,
+        cache,
+        key,
+        PipelineMeasurement,
+        f"{number} blocks on a batch of {count_rows(batch[0])} rows",
+        lambda: _measure(bench, optimizers, machines, batch, first, num_ranks),
     )
-    raise ValueError(msg)
+    # Loading is the one thing that no key can name.
+    return replace(measurement, loader=first.loader, looks_ahead=looks_ahead)
 
 
 class _Findings(NamedTuple):
@@ -129,9 +124,7 @@ def _measure(
     num_ranks: int,
 ) -> PipelineMeasurement:
     transport = bench.transport
-    nodes = [machine.node for machine in machines]
-    transport.connect(probe_edges(nodes), probe_groups(len(nodes)))
-    links = measure_links(transport, nodes, bench.device, num_threads=machines[0].num_threads)
+    links = measure_all_links(bench, machines)
     findings = done_by_all(transport, lambda: _measure_own(bench, optimizers, batch, num_ranks))
     return done_by_rank_zero(transport, lambda: _put_together(bench, machines, batch, first, links, findings))
 
@@ -214,7 +207,6 @@ def _put_together(
     num_rows = count_rows(inputs)
     loss_ms = findings[0].profile.loss_ms
     assert loss_ms is not None
-    noise = max(found.profile.noise for found in findings)
     return PipelineMeasurement(
         teacher=tuple(_teacher_costs(module, block, findings) for block in range(module.num_teacher_blocks)),
         student=tuple(_student_costs(module, block, findings) for block in range(module.num_student_blocks)),
@@ -229,7 +221,7 @@ def _put_together(
         step_ms=max(found.step_ms for found in findings),
         send_ms=links.overheads.send_ms,
         recv_ms=links.overheads.recv_ms,
-        noise=min(max(noise, _LEAST_NOISE), _MOST_NOISE),
+        noise=limited_noise(*(found.profile.noise for found in findings)),
         device_class=machines[0].device_class,
         has_momentum=module.momentum is not None,
         is_full_batch=module.full_batch_loss,
