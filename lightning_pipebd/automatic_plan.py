@@ -92,6 +92,12 @@ class PlanFinder:
 
     Attributes:
         replans: Whether the plan may change between epochs.
+        given: What the user gave as the plan.
+        costs: What the user gave as the costs, read if it was a file.
+        exactness: The class of exactness that is asked for; `None` without.
+        memory_limit: Bytes that each rank may use; `None` without.
+        trials: Plans to try.
+        max_in_flight: Steps by which a rank may run ahead.
     """
 
     def __init__(
@@ -115,42 +121,12 @@ class PlanFinder:
         if trials < 0 or trials == 1:
             raise ValueError(f"`trials` must be 0, or at least 2 plans to compare, but is {trials}. Use 3, or 0.")
         self.replans = replan is not None
-        self._trials = trials
-        self._given = plan
-        self._exactness = None if exactness is None else Exactness(exactness)
-        self._memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
-        self._costs = load_measurement(costs) if isinstance(costs, (str, Path)) else costs
-        self._max_in_flight = max_in_flight
-
-    @property
-    def given(self) -> Any:
-        """What the user gave as the plan."""
-        return self._given
-
-    @property
-    def costs(self) -> CostTable | Measurement | PipelineMeasurement | None:
-        """What the user gave as the costs."""
-        return self._costs
-
-    @property
-    def trials(self) -> int:
-        """Plans to try."""
-        return self._trials
-
-    @property
-    def exactness(self) -> Exactness | None:
-        """The class of exactness that is asked for."""
-        return self._exactness
-
-    @property
-    def memory_limit(self) -> int | None:
-        """Bytes that each rank may use."""
-        return self._memory_limit
-
-    @property
-    def max_in_flight(self) -> int:
-        """Steps by which a rank may run ahead."""
-        return self._max_in_flight
+        self.trials = trials
+        self.given = plan
+        self.exactness = None if exactness is None else Exactness(exactness)
+        self.memory_limit = None if memory_limit is None else parse_bytes(memory_limit, "memory_limit")
+        self.costs = load_measurement(costs) if isinstance(costs, (str, Path)) else costs
+        self.max_in_flight = max_in_flight
 
     def given_plan(self, module: BlockwiseDistillationModule, num_ranks: int) -> Plan | None:
         """Give the plan as far as it is known without measuring.
@@ -158,10 +134,10 @@ class PlanFinder:
         Raises:
             PlanError: The given plan does not fit the module or the ranks.
         """
-        if isinstance(self._given, PipelinePlan):
+        if isinstance(self.given, PipelinePlan):
             raise PlanError("`plan` must be a Plan, but a PipelinePlan is for a TeacherStudentModule. Write its text.")
-        if self._given is not None:
-            return resolve_plan(self._given, module, num_ranks)
+        if self.given is not None:
+            return resolve_plan(self.given, module, num_ranks)
         # One rank leaves no choice.
         return Plan.straight([module.num_blocks]) if num_ranks == 1 else None
 
@@ -172,25 +148,25 @@ class PlanFinder:
             PlanError: The given plan is less exact than was asked for.
             CostError: The costs are of another number of blocks.
         """
-        if module.block_momentum is not None and (self.replans or self._trials):
+        if module.block_momentum is not None and (self.replans or self.trials):
             raise ValueError(
                 "`replan` and `trials` must be left out for a teacher with `momentum`: only plans that keep each of "
                 "its blocks with its student block can train it. Give a plan."
             )
-        if isinstance(self._costs, PipelineMeasurement):
+        if isinstance(self.costs, PipelineMeasurement):
             raise CostError(
                 "`costs` must be of blocks that learn by themselves, but are of a whole student. Measure this module."
             )
-        if isinstance(self._costs, (CostTable, Measurement)):
-            table = self._costs.costs if isinstance(self._costs, Measurement) else self._costs
+        if isinstance(self.costs, (CostTable, Measurement)):
+            table = self.costs.costs if isinstance(self.costs, Measurement) else self.costs
             if table.num_blocks != module.num_blocks:
                 raise CostError(
                     f"`costs` must describe the module's {module.num_blocks} blocks, but describe {table.num_blocks}. "
                     "Measure this module."
                 )
-        if plan is not None and self._exactness is not None:
+        if plan is not None and self.exactness is not None:
             traits = block_traits(module, is_synchronised=_synchronises_norms(strategy))
-            check_exactness(plan, traits, self._exactness)
+            check_exactness(plan, traits, self.exactness)
 
     def find(
         self,
@@ -209,15 +185,15 @@ class PlanFinder:
             PlanError: Nothing fits the memory, or the given plan does not.
         """
         given = self.given_plan(bench.module, len(machines))
-        if given is not None and self._costs is None and self._memory_limit is None and not self.replans:
+        if given is not None and self.costs is None and self.memory_limit is None and not self.replans:
             return FoundPlan(given, None)
         measurement = self._measure(bench, machines, make_optimizers)
         if measurement is None:
             # Nothing to train on: Lightning will say so.
             return FoundPlan(given or Plan.straight([bench.module.num_blocks, *[0] * (len(machines) - 1)]), None)
-        cluster = _fitting_cluster(find_cluster(machines, self._memory_limit), measurement.costs)
+        cluster = _fitting_cluster(find_cluster(machines, self.memory_limit), measurement.costs)
         outlook = done_by_rank_zero(bench.transport, lambda: self._look(given, measurement, cluster))
-        outlook = try_plans(bench, outlook, self._trials)
+        outlook = try_plans(bench, outlook, self.trials)
         return FoundPlan(outlook.plan, outlook)
 
     def _look(self, given: Plan | None, measurement: Measurement, cluster: Cluster) -> Outlook:
@@ -226,12 +202,12 @@ class PlanFinder:
                 plan=given,
                 measurement=measurement,
                 cluster=cluster,
-                max_in_flight=self._max_in_flight,
-                exactness_wanted=self._exactness,
+                max_in_flight=self.max_in_flight,
+                exactness_wanted=self.exactness,
             )
             outlook.check_memory()
             return outlook
-        return Outlook.find(measurement, cluster, exactness=self._exactness, max_in_flight=self._max_in_flight)
+        return Outlook.find(measurement, cluster, exactness=self.exactness, max_in_flight=self.max_in_flight)
 
     def _measure(
         self,
@@ -239,15 +215,15 @@ class PlanFinder:
         machines: Sequence[Machine],
         make_optimizers: Callable[[], Sequence[Optimizer]],
     ) -> Measurement | None:
-        if self._costs is None:
+        if self.costs is None:
             return measure_module(bench, make_optimizers(), machines, num_ranks=len(machines), cache=MeasurementCache())
         module = bench.module
-        if isinstance(self._costs, CostTable):
+        if isinstance(self.costs, CostTable):
             num_rows = count_batch_rows(bench)
-            known = None if num_rows is None else Measurement(costs=self._costs, num_rows=num_rows)
+            known = None if num_rows is None else Measurement(costs=self.costs, num_rows=num_rows)
         else:
-            assert isinstance(self._costs, Measurement)
-            known = self._costs
+            assert isinstance(self.costs, Measurement)
+            known = self.costs
         # What the module is counts, not what the file says of it.
         traits = tuple(block_traits(module, is_synchronised=bench.is_synchronised))
         return None if known is None else replace(known, traits=traits, target_blocks=tuple(module.target_blocks))
