@@ -148,11 +148,6 @@ class PlanFinder:
             PlanError: The given plan is less exact than was asked for.
             CostError: The costs are of another number of blocks.
         """
-        if module.block_momentum is not None and (self.replans or self.trials):
-            raise ValueError(
-                "`replan` and `trials` must be left out for a teacher with `momentum`: only plans that keep each of "
-                "its blocks with its student block can train it. Give a plan."
-            )
         if isinstance(self.costs, PipelineMeasurement):
             raise CostError(
                 "`costs` must be of blocks that learn by themselves, but are of a whole student. Measure this module."
@@ -226,7 +221,12 @@ class PlanFinder:
             known = self.costs
         # What the module is counts, not what the file says of it.
         traits = tuple(block_traits(module, is_synchronised=bench.is_synchronised))
-        return None if known is None else replace(known, traits=traits, target_blocks=tuple(module.target_blocks))
+        return known and replace(
+            known,
+            traits=traits,
+            target_blocks=tuple(module.target_blocks),
+            has_momentum=module.block_momentum is not None,
+        )
 
 
 def _fitting_cluster(cluster: Cluster, costs: CostTable) -> Cluster:

@@ -75,6 +75,7 @@ def _describe_blocks(module: DistillationModule) -> dict[str, Any]:
         return {
             "blocks": module.block_pairs.paths,
             "targets": sorted(module.target_blocks),
+            "momentum": module.block_momentum is not None,
             "compile": None if options is None else sorted(map(repr, options.items())),
         }
     assert isinstance(module, TeacherStudentModule)

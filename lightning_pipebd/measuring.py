@@ -35,7 +35,7 @@ from lightning_pipebd.planning.explain import BlockTraits
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.runtime.agreement import done_by_all, done_by_rank_zero
 from lightning_pipebd.runtime.link_probe import Links
-from lightning_pipebd.runtime.optimizer_costs import measure_updates
+from lightning_pipebd.runtime.optimizer_costs import measure_follow, measure_updates
 from lightning_pipebd.runtime.partition import has_batch_statistics, is_stochastic
 from lightning_pipebd.runtime.profiler import BlockParts, BlockProfile, measured_row_counts, profile_blocks
 from lightning_pipebd.runtime.row_trees import count_rows, tree_bytes
@@ -192,10 +192,16 @@ def _measure_own(
     guard.flush()
     return _Findings(
         profile,
-        dict(zip(own, updates.update_ms, strict=True)),
+        {block: ms + _follow_ms(bench, block) for block, ms in zip(own, updates.update_ms, strict=True)},
         dict(zip(own, updates.optimizer_bytes, strict=True)),
         updates.step_ms + measure_loop(),
     )
+
+
+def _follow_ms(bench: Bench[BlockwiseDistillationModule], block: int) -> float:
+    """Time what a momentum teacher's block does after each update; nothing for a frozen one."""
+    momentum = bench.module.block_momentum
+    return 0.0 if momentum is None else measure_follow(momentum.tensors(block), bench.device)
 
 
 def _block_parts(module: BlockwiseDistillationModule, *, is_synchronised: bool) -> list[BlockParts]:
@@ -264,6 +270,7 @@ def _put_together(
         ),
         target_blocks=tuple(module.target_blocks),
         whole_reason=next((found.profile.whole_reason for found in findings if found.profile.whole_reason), ""),
+        has_momentum=module.block_momentum is not None,
     )
 
 

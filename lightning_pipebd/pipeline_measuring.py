@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -28,12 +27,10 @@ from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement, StudentBlockCosts, TeacherBlockCosts
 from lightning_pipebd.runtime.agreement import done_by_all, done_by_rank_zero
 from lightning_pipebd.runtime.link_probe import Links
-from lightning_pipebd.runtime.momentum import MomentumBlock, MomentumTeacher, block_tensors
-from lightning_pipebd.runtime.optimizer_costs import measure_updates
+from lightning_pipebd.runtime.optimizer_costs import measure_follow, measure_updates
 from lightning_pipebd.runtime.partition import Partition, has_batch_statistics, is_stochastic
 from lightning_pipebd.runtime.pipeline_profiler import PipelineParts, PipelineProfile, PipelineProfiler
 from lightning_pipebd.runtime.row_trees import count_rows, tree_bytes
-from lightning_pipebd.runtime.sampling import device_clock, median_ms
 from lightning_pipebd.runtime.side_effects import untouched
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
@@ -41,7 +38,6 @@ __all__ = ["coupled_blocks", "measure_pipeline", "student_modules"]
 
 # A batch, a rank's part of it, and the smallest micro-batches that are looked at; the others lie between.
 _PARTS_PER_RANK = (1, 2, 4)
-_NUM_FOLLOWS = 6
 
 
 def coupled_blocks(module: TeacherStudentModule) -> list[int]:
@@ -159,22 +155,13 @@ def _measure_own(
         profile,
         dict(zip(own_student, updates.update_ms, strict=True)),
         dict(zip(own_student, updates.optimizer_bytes, strict=True)),
-        {block: _time_follow(module, block, bench.device) for block in own_teacher if module.momentum is not None},
+        {
+            block: measure_follow(module.teacher_tensors(block), bench.device)
+            for block in own_teacher
+            if module.momentum is not None
+        },
         updates.step_ms + measure_loop(),
     )
-
-
-def _time_follow(module: TeacherStudentModule, block: int, device: torch.device) -> float:
-    """Time a momentum teacher's step on copies."""
-    names = [module.cuts.student.parameter_names[block], module.cuts.student.buffer_names[block]]
-    own = [tensor.detach().to(device, copy=True) for part in names for tensor in block_tensors(module.student, part)]
-    momentum = MomentumTeacher([MomentumBlock(own, [tensor.clone() for tensor in own])])
-    now_ms, times = device_clock(device), []
-    for _ in range(_NUM_FOLLOWS):
-        start = now_ms()
-        momentum.follow(0, 0.5)
-        times.append(now_ms() - start)
-    return median_ms(times[1:])
 
 
 def student_modules(module: TeacherStudentModule) -> list[list[nn.Module]]:

@@ -26,7 +26,7 @@ from lightning_pipebd.lightning_internals import user_callbacks, validates_by_ti
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.other_lightning import check_origin
 from lightning_pipebd.planning.explain import Exactness, exactness_of
-from lightning_pipebd.planning.plan import Plan, PlanError
+from lightning_pipebd.planning.plan import Plan
 
 __all__ = [
     "check_accumulation",
@@ -109,13 +109,8 @@ def check_accumulation(trainer: Trainer) -> None:
 def _check_momentum(trainer: Trainer, module: BlockwiseDistillationModule, plan: Plan | None) -> None:
     if module.block_momentum is None:
         return
-    if plan is None:
-        msg = (
-            "`plan` must be given for a teacher with `momentum`: only plans that keep each of its blocks with its "
-            "student block can train it. Give a straight plan, such as '0-1|2-3', or 'joint'."
-        )
-        raise PlanError(msg)
-    module.block_momentum.check_plan(plan)
+    if plan is not None:
+        module.block_momentum.check_plan(plan)
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
         msg = (
             "`precision` must not be '16-mixed' for a teacher with `momentum`: it would follow a block whose update "

@@ -15,12 +15,15 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Plan, PlanError
+from lightning_pipebd.planning.cluster import Cluster
+from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.plan import Share
 from lightning_pipebd.preflight import check_optimizers
 from lightning_pipebd.runtime.partition import PartitionError
 from tests.helpers.toy import make_loader
 from tests.helpers.training import assert_same_checkpoint
 from tests.helpers.whole_students import FollowedBlocks, WholeRun, train_whole
+from tests.planning.cost_tables import constant_costs
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode"),
@@ -113,16 +116,10 @@ def test_what_cannot_follow_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "trainer", "message"),
     [
-        ({}, {}, "`plan` must be given for a teacher with `momentum`"),
         (
             {"plan": Plan(num_ranks=2, teacher=straight(0, 0, 1), student=straight(0, 1, 1))},
             {},
             "must have teacher block 1 where its student block is trained",
-        ),
-        (
-            {"plan": "0-1|2", "replan": "epoch"},
-            {},
-            "`replan` and `trials` must be left out for a teacher with `momentum`",
         ),
         ({"plan": "0-1|2"}, {"plugins": [MixedPrecision("16-mixed", "cpu")]}, "`precision` must not be '16-mixed'"),
     ],
@@ -142,6 +139,24 @@ def test_any_straight_plan_trains_both_models_of_one_process_also_after_a_stop(t
     ours, _ = train_whole(replace(run, plan="0-1|2", num_ranks=2, save_at=(2, middle)), tmp_path / "ours.ckpt")
     for key in ("state_dict", "optimizer_states", "teacher_updates"):
         assert_same_checkpoint(ours[key], expected[key])
-    again, _ = train_whole(replace(run, plan="0|1-2", num_ranks=2, resume=middle), tmp_path / "again.ckpt")
+    # The rest under a plan that is found, and chosen among some that are tried.
+    again, _ = train_whole(
+        replace(run, plan="", num_ranks=2, resume=middle, options={"trials": 2, "exactness": "bitwise"}),
+        tmp_path / "again.ckpt",
+    )
     for key in ("state_dict", "optimizer_states", "teacher_updates"):
         assert_same_checkpoint(again[key], expected[key])
+
+
+def test_a_plan_that_is_found_keeps_teacher_blocks_with_their_student_blocks() -> None:
+    # Teachers that take as long as all students: half cuts and scattered jobs would be faster.
+    costs = constant_costs([(6, 1), (1, 1), (1, 6)])
+    free = Measurement(costs=costs, num_rows=4).find_plan(Cluster.uniform(2), exactness="bitwise")
+    assert free.family in ("half cut", "scattered")
+    followed = Measurement(costs=costs, num_rows=4, has_momentum=True)
+    for exactness in ("bitwise", "summation"):
+        choice = followed.find_plan(Cluster.uniform(2), exactness=exactness)
+        FollowedBlocks().block_momentum.check_plan(choice.plan)
+        assert choice.step_time_ms >= free.step_time_ms
+        assert {str(family) for family, why in choice.skipped if "because it follows" in why} >= {"half cut"}
+    assert Measurement.from_dict(followed.to_dict()) == followed

@@ -21,6 +21,7 @@ __all__ = ["Candidate", "Families", "Family", "Found"]
 
 #: Stages that a search may tabulate, about; a stage then has no more ranks than that allows. Some seconds.
 _MAX_STAGES = 6_000_000
+_STRANGER = "a teacher block must be where its student block is trained, because it follows it"
 
 
 class Family(str, Enum):
@@ -81,16 +82,20 @@ class Families:
         judge: Says what a plan takes.
         whole_students: Blocks whose student job must stay on one rank.
         divides_rows: Whether the rows of any job may be divided at all.
+        has_momentum: Whether a teacher block must be where its student block is trained, because it follows it.
 
     Attributes:
         found: A plan of every family that has one which differs from the simpler families' plans.
         skipped: The other families, with the reason.
     """
 
-    def __init__(self, judge: Judge, *, whole_students: Collection[int], divides_rows: bool) -> None:
+    def __init__(
+        self, judge: Judge, *, whole_students: Collection[int], divides_rows: bool, has_momentum: bool = False
+    ) -> None:
         self.judge = judge
         self.whole_students = frozenset(whole_students)
         self.divides_rows = divides_rows
+        self.has_momentum = has_momentum
         self.found: list[Found] = []
         self.skipped: list[tuple[Family, str]] = []
         self._num_ranks = judge.cluster.num_ranks
@@ -111,12 +116,17 @@ class Families:
             self._add_stages(Family.HYBRID, self.search(borders))
         else:
             self.skipped.append((Family.HYBRID, "it divides rows"))
+        if self.has_momentum:
+            finer = (Family.HALF_CUT, Family.SCATTERED, Family.FRACTIONAL)
+            self.skipped += [(family, _STRANGER) for family in finer]
+            return
         halves = self.stage_costs(half_cut_points(num_blocks, num_rows))
         self._add_stages(Family.HALF_CUT, self.search(halves, max_stages=_MAX_STAGES // 3))
 
     def least_memory(self) -> str:
         """Say what every rank needs under the plan that asks least of the ranks' memory."""
-        points = half_cut_points(self.judge.costs.num_blocks, self.judge.num_rows)
+        num_blocks, num_rows = self.judge.costs.num_blocks, self.judge.num_rows
+        points = border_points(num_blocks) if self.has_momentum else half_cut_points(num_blocks, num_rows)
         most = max(1, self.affordable_replicas(len(points), _MAX_STAGES)) if self.divides_rows else 1
         solution = search_stages(self.stage_costs(points, StageMemory), self.judge.cluster, max_replicas=most)
         assert solution is not None, "one rank can have everything if it needs no room"
@@ -162,6 +172,10 @@ class Families:
         same = next((entry.candidate.family for entry in self.found if entry.candidate.plan == plan), None)
         if same is not None:
             self.skipped.append((family, f"its best plan is the {same} one"))
+        elif self.has_momentum and any(
+            set(plan.teacher_ranks(block)) - set(plan.student_ranks(block)) for block in range(plan.num_blocks)
+        ):
+            self.skipped.append((family, _STRANGER))
         elif not self.judge.can_simulate(plan):
             if model_ms < inf:
                 self.found.append(Found(Candidate(family, plan, model_ms, False), tuple(stages), None))

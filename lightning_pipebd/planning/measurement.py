@@ -26,6 +26,7 @@ class Measurement:
         traits: What decides how exactly each block can be repeated; empty if nothing is known.
         target_blocks: Student blocks whose loss reads the labels.
         whole_reason: Why no job's rows may be divided; empty if they may.
+        has_momentum: Whether each teacher block follows its student block, and must be on ranks that train it.
 
     Raises:
         CostError: The traits are of another number of blocks, or a number is impossible.
@@ -36,6 +37,7 @@ class Measurement:
     traits: tuple[BlockTraits, ...] = ()
     target_blocks: tuple[int, ...] = ()
     whole_reason: str = ""
+    has_momentum: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "traits", tuple(self.traits))
@@ -83,4 +85,5 @@ class Measurement:
             traits=self.traits,
             target_blocks=self.target_blocks,
             max_in_flight=max_in_flight,
+            has_momentum=self.has_momentum,
         )

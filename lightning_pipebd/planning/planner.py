@@ -86,6 +86,7 @@ def find_plan(
     traits: Sequence[BlockTraits] = (),
     target_blocks: Collection[int] = (),
     max_in_flight: int = 2,
+    has_momentum: bool = False,
 ) -> PlanChoice:
     """Find the plan with the smallest steady step time for a batch of `num_rows` rows.
 
@@ -102,6 +103,7 @@ def find_plan(
         traits: One entry per block, for exactness; empty if no block has statistics or random draws.
         target_blocks: Student blocks whose loss reads the labels.
         max_in_flight: Steps by which a rank may run ahead.
+        has_momentum: Whether each teacher block follows its student block, and must be on ranks that train it.
 
     Returns:
         The choice; its plan fits the memory of every rank.
@@ -133,14 +135,14 @@ def find_plan(
     judge = Judge(
         costs=costs, cluster=cluster, num_rows=num_rows, target_blocks=target_blocks, max_in_flight=max_in_flight
     )
-    return _choose(_find_families(judge, _changing_blocks(costs, traits), level))
+    return _choose(_find_families(judge, _changing_blocks(costs, traits), level, has_momentum=has_momentum))
 
 
-def _find_families(judge: Judge, changing: tuple[int, ...], level: Exactness) -> Families:
+def _find_families(judge: Judge, changing: tuple[int, ...], level: Exactness, *, has_momentum: bool) -> Families:
     """Search the families; divide students whose mathematics that changes only if it is allowed and necessary."""
-    families = _search(judge, changing, level)
+    families = _search(judge, changing, level, has_momentum)
     if not families.found and changing and level is not Exactness.BITWISE:
-        divided = _search(judge, (), level)
+        divided = _search(judge, (), level, has_momentum)
         if divided.found and level is not Exactness.STATISTICS:
             names = ", ".join(judge.costs.blocks[block].name for block in changing)
             raise PlanError(
@@ -171,11 +173,17 @@ def _changing_blocks(costs: CostTable, traits: Sequence[BlockTraits]) -> tuple[i
     return tuple(sorted({reason.block for reason in reasons if reason.exactness is Exactness.STATISTICS}))
 
 
-def _search(judge: Judge, whole_students: Collection[int], level: Exactness) -> Families:
-    families = Families(judge, whole_students=whole_students, divides_rows=level is not Exactness.BITWISE)
+def _search(judge: Judge, whole_students: Collection[int], level: Exactness, has_momentum: bool) -> Families:
+    families = Families(
+        judge,
+        whole_students=whole_students,
+        divides_rows=level is not Exactness.BITWISE,
+        has_momentum=has_momentum,
+    )
     families.find()
-    add_scattered(families)
-    add_fractional(families)
+    if not has_momentum:
+        add_scattered(families)
+        add_fractional(families)
     return families
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
+from lightning_pipebd.runtime.momentum import MomentumBlock, MomentumTeacher
 from lightning_pipebd.runtime.sampling import device_clock, median_ms
 
-__all__ = ["UpdateCosts", "measure_updates"]
+__all__ = ["UpdateCosts", "measure_follow", "measure_updates"]
 
 _NUM_STEPS = 7
 
@@ -53,6 +54,18 @@ def measure_updates(
     step_ms, _ = _time_steps(optimizers, (), device, now_ms, check)
     found = [_time_steps(optimizers, own, device, now_ms, check) for own in parameters]
     return UpdateCosts(tuple(max(0.0, ms - step_ms) for ms, _ in found), tuple(size for _, size in found), step_ms)
+
+
+def measure_follow(tensors: Sequence[Tensor], device: torch.device) -> float:
+    """Time a momentum teacher's step, in milliseconds, on copies of these tensors of its."""
+    own = [tensor.detach().to(device, copy=True) for tensor in tensors]
+    teacher = MomentumTeacher([MomentumBlock(own, [tensor.clone() for tensor in own])])
+    now_ms, times = device_clock(device), []
+    for _ in range(_NUM_STEPS):
+        start = now_ms()
+        teacher.follow(0, 0.5)
+        times.append(now_ms() - start)
+    return median_ms(times[1:])
 
 
 def _time_steps(

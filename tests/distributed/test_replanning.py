@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from typing import Any
 
 import pytest
@@ -53,11 +54,11 @@ class Sleeper(nn.Module):
 class Sleeping(BlockwiseDistillationModule):
     """Three blocks; the first is the fastest one."""
 
-    def __init__(self, speed: float) -> None:
+    def __init__(self, speed: float, momentum: float | None) -> None:
         torch.manual_seed(7)
         teacher = nn.Sequential(*(Sleeper(1 / speed, 0) for _ in range(3)))
         student = nn.Sequential(*(Sleeper(2 / speed, ms / speed) for ms in (2, 10, 10)))
-        super().__init__(teacher, student, {str(index): str(index) for index in range(3)})
+        super().__init__(teacher, student, {str(index): str(index) for index in range(3)}, momentum=momentum)
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(self.trainable_parameters(), lr=0.01)
@@ -98,13 +99,16 @@ CASES: dict[str, tuple[Any, str | None, list[Callback]]] = {
     "a found plan": (WRONG, None, []),
     "a given plan": (WRONG, "-|0-2", []),
     "a frozen block": (RIGHT, "0|1-2", [Freezing(1, 1)]),
+    "a momentum teacher": (WRONG, None, []),
 }
 
 
 def fit(make_trainer: MakeTrainer, name: str, folder: str) -> dict[str, Any]:
     costs, plan, callbacks = CASES[name]
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
     is_alone = make_trainer().world_size == 1
     plans = Plans()
+    momentum = 0.75 if name == "a momentum teacher" else None
 
     def run(max_epochs: int, resume: str | None = None) -> str:
         strategy: Any = PipeBDStrategy(
@@ -115,7 +119,7 @@ def fit(make_trainer: MakeTrainer, name: str, folder: str) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(2)
         data = DataLoader(ToyData(36, SHAPE), batch_size=4, shuffle=True, generator=generator)
         validation = DataLoader(ToyData(8, SHAPE), batch_size=4)
-        trainer.fit(Sleeping(100.0 if is_alone else 1.0), data, validation, ckpt_path=resume)
+        trainer.fit(Sleeping(100.0 if is_alone else 1.0, momentum), data, validation, ckpt_path=resume)
         path = f"{folder}/{name}-{is_alone}-{max_epochs}.ckpt"
         trainer.save_checkpoint(path)
         return path
@@ -142,6 +146,14 @@ def test_the_student_is_that_of_one_process_whenever_the_plan_changes(name: str,
 def test_a_run_resumed_after_a_change_ends_as_one_that_never_stopped(name: str, fits: dict[str, Both]) -> None:
     one, ranks = fits[name]
     never_stopped, resumed = load(one["paths"][1]), load(ranks[0]["paths"][1])
-    for key in ("epoch", "global_step", "state_dict", "optimizer_states", "lr_schedulers", "random_seed"):
+    for key in (
+        "epoch",
+        "global_step",
+        "state_dict",
+        "optimizer_states",
+        "lr_schedulers",
+        "random_seed",
+        "teacher_updates",
+    ):
         assert_same_checkpoint(never_stopped.get(key), resumed.get(key))
     assert resumed.get("frozen_blocks") == ([1] if name == "a frozen block" else None)
