@@ -7,6 +7,7 @@ from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import format_plan, parse_plan
 from lightning_pipebd.plans import load_plan, save_plan
 from lightning_pipebd.runtime.candidates import Candidates
+from lightning_pipebd.runtime.layer_blocks import layer_blocks
 from lightning_pipebd.runtime.partition import CallableBlock, PartitionError
 from lightning_pipebd.strategy import PipeBDStrategy
 from lightning_pipebd.teacher_student import TeacherStudentModule
@@ -26,6 +27,7 @@ __all__ = [
     "TeacherStudentModule",
     "Timeline",
     "format_plan",
+    "layer_blocks",
     "load_plan",
     "parse_plan",
     "save_plan",

@@ -107,7 +107,8 @@ class BoundaryTracer(fx.Tracer):
         if not self.inputs:
             msg = (
                 f"{name_module('', self._role)} must have an input without a default to be cut, but its signature is "
-                f"`forward{inspect.signature(forward)}`. {way_out(self._role)}"
+                f"`forward{inspect.signature(forward)}`. {way_out(self._role)} `layer_blocks` makes them of a model "
+                "with a list of layers."
             )
             raise PartitionError(msg)
 
