@@ -24,6 +24,7 @@ NAMES = [
     "TeacherStudentModule",
     "Timeline",
     "format_plan",
+    "layer_blocks",
     "load_plan",
     "parse_plan",
     "save_plan",
