@@ -53,6 +53,7 @@ def layer_blocks(model: nn.Module, layers: str, example: Any, *, tail: Sequence[
         PartitionError: There is no such path, or the layers are not called so; the message names the layer.
 
     Example:
+        >>> import torch
         >>> class Decoder(nn.Module):
         ...     def __init__(self):
         ...         super().__init__()
