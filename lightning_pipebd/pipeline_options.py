@@ -207,14 +207,16 @@ class PipelineOptions:
                 "statistics). Set `num_micro_batches=1`, or use layers that treat rows one by one (GroupNorm).",
                 stacklevel=2,
             )
-        if outlook is not None:
-            return str(outlook)
+        return self.explain(plan, module) if outlook is None else str(outlook)
+
+    def explain(self, plan: PipelinePlan, module: TeacherStudentModule) -> str:
+        """Explain the plan."""
         return explain_pipeline(
             plan,
-            num_micro_batches=number,
+            num_micro_batches=self.micro_batches(module, plan.num_ranks),
             schedule=self._schedule,
             looks_ahead=self.looks_ahead(module),
-            coupled_blocks=coupled,
+            coupled_blocks=coupled_blocks(module),
         )
 
 

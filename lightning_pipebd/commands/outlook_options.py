@@ -15,13 +15,13 @@ from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.quantities import parse_bytes
-from lightning_pipebd.planning.simulate import simulate
 from lightning_pipebd.plans import save_plan
 from lightning_pipebd.plots import draw_timelines, predicted_spans
 
-__all__ = ["add_options", "describe", "make_cluster", "report", "with_links", "with_options"]
+__all__ = ["add_options", "describe", "draw_outlook", "make_cluster", "report", "with_links", "with_options"]
 
 CostsT = TypeVar("CostsT", CostTable, PipelineMeasurement)
 _NUM_DRAWN_STEPS = 6
@@ -67,20 +67,18 @@ def report(options: argparse.Namespace, outlook: Outlook) -> None:
     if options.save:
         save_plan(outlook.plan, options.save)
     if options.plot:
-        measurement = outlook.measurement
-        simulation = simulate(
-            outlook.plan,
-            measurement.costs,
-            outlook.cluster,
-            num_rows=measurement.num_rows,
-            num_steps=_NUM_DRAWN_STEPS,
-            max_in_flight=outlook.max_in_flight,
-            target_blocks=measurement.target_blocks,
-        )
-        draw_timelines(
-            options.plot, {f"predicted: {outlook.step_time_ms:.4g} ms per step": predicted_spans(simulation)}
-        )
+        draw_outlook(options.plot, outlook)
     sys.stdout.write((json.dumps(describe(outlook), indent=1) if options.json else str(outlook)) + "\n")
+
+
+def draw_outlook(path: Path, outlook: Outlook | PipelineOutlook) -> None:
+    """Draw the predicted timeline of some steps.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    spans = predicted_spans(outlook.simulate(_NUM_DRAWN_STEPS).timeline)
+    draw_timelines(path, {f"predicted: {outlook.step_time_ms:.4g} ms per step": spans})
 
 
 def describe(outlook: Outlook) -> dict[str, Any]:
