@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan, Stage
 from lightning_pipebd.planning.pipeline_schedule import Schedule
+from lightning_pipebd.planning.plan import PlanError
 
-__all__ = ["describe_exactness", "explain_pipeline", "pipeline_exactness"]
+__all__ = ["check_pipeline_exactness", "describe_exactness", "explain_pipeline", "pipeline_exactness"]
 
 
 def pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[int]) -> Exactness:
@@ -25,6 +26,20 @@ def pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[int]) ->
     if num_micro_batches == 1:
         return Exactness.BITWISE
     return Exactness.STATISTICS if coupled_blocks else Exactness.SUMMATION
+
+
+def check_pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[int], level: Exactness) -> None:
+    """Raise if batches are cut more finely than a class of exactness allows.
+
+    Raises:
+        PlanError: They are.
+    """
+    found, order = pipeline_exactness(num_micro_batches, coupled_blocks), list(Exactness)
+    if order.index(found) > order.index(level):
+        raise PlanError(
+            f"`num_micro_batches` must keep the student {level}, because `exactness` says so, but "
+            f"{num_micro_batches} micro-batches make it {found}. Leave one of both out."
+        )
 
 
 def describe_exactness(num_micro_batches: int, coupled_blocks: Sequence[int]) -> str:
