@@ -23,7 +23,14 @@ from torch.utils import _pytree as pytree
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.relay import Relay, RelayError
-from lightning_pipebd.runtime.row_trees import RowTree, join_rows, leading_row_leaves, take_rows, tree_bytes
+from lightning_pipebd.runtime.row_trees import (
+    RowTree,
+    join_rows,
+    leading_row_leaves,
+    take_rows,
+    tree_bytes,
+    tree_leaves,
+)
 from lightning_pipebd.runtime.transport import TransportError
 
 __all__ = ["PipelineExecutor", "PipelineJobs", "PipelineSpan"]
@@ -190,8 +197,7 @@ class PipelineExecutor:
             piece = RowTree(action.rows, state.gradients.pop((action.index, action.rows)))
         else:
             found = state.take(action)
-            leaves = pytree.tree_leaves(found.tree)
-            wants_gradient = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+            wants_gradient = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(found.tree)]
             piece = RowTree(action.rows, (found.tree, wants_gradient))
         self._relay.send(state.step, _wire_number(action), piece, action.peer)
         return piece
@@ -206,7 +212,7 @@ class PipelineExecutor:
             state.gradients[action.index, action.rows] = tree
         else:
             content, wants_gradient = tree
-            for leaf, wanted in zip(pytree.tree_leaves(content), wants_gradient, strict=True):
+            for leaf, wanted in zip(tree_leaves(content), wants_gradient, strict=True):
                 if wanted:
                     leaf.requires_grad_()
             state.put(action.stream, action.index, RowTree(action.rows, content), action.is_next)
@@ -221,7 +227,7 @@ class PipelineExecutor:
     def _forward(self, action: PipelineAction, state: _State) -> None:
         boundary, leaves = _begin_graph(state.take(action._replace(stream=Stream.HIDDEN)).tree)
         output = self._jobs.forward(action.index, boundary, action.rows)
-        state.graphs[action.index, action.rows] = _Graph(leaves, pytree.tree_leaves(output))
+        state.graphs[action.index, action.rows] = _Graph(leaves, tree_leaves(output))
         state.put(Stream.HIDDEN, action.index + 1, RowTree(action.rows, output))
 
     def _loss(self, action: PipelineAction, state: _State) -> None:
@@ -326,6 +332,9 @@ def _follows_update(action: PipelineAction) -> bool:
 
 def _begin_graph(tree: Any) -> tuple[Any, list[Any]]:
     """Make leaves of a tree's tensors, which want a gradient where the originals do."""
+    if isinstance(tree, Tensor):
+        leaf = tree.detach().requires_grad_(tree.requires_grad)
+        return leaf, [leaf]
     leaves, form = pytree.tree_flatten(tree)
     leaves = [leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(leaves, form), leaves
