@@ -174,6 +174,22 @@ def test_a_timeline_of_a_momentum_teacher_has_every_kind_of_action(tmp_path: Pat
 
 
 @pytest.mark.spawn
+def test_a_run_that_goes_on_is_recorded_from_its_own_first_step(tmp_path: Path) -> None:
+    plan = {"module": "distil", "plan": "0-1|2 / 0-1|2-3", "num_ranks": 2, "validate": False}
+    first = WholeRun(**plan, trainer={"max_steps": 4})
+    train_whole(first, tmp_path / "first.ckpt")
+    timeline = Timeline(tmp_path / "timeline.json", first_step=1, num_steps=2, report=tmp_path / "run.md")
+    rest = {"max_steps": 9, "max_epochs": None, "callbacks": [timeline]}
+    ours, _ = train_whole(WholeRun(**plan, trainer=rest, resume=str(tmp_path / "first.ckpt")), tmp_path / "last.ckpt")
+    assert ours["global_step"] == 9
+    summary = summarise(json.loads((tmp_path / "timeline.json").read_text()))
+    assert (summary["steps"], len(summary["ranks"])) == (2, 2)
+    assert (
+        "| predicted step | none: the plan was given, and nothing was measured |" in (tmp_path / "run.md").read_text()
+    )
+
+
+@pytest.mark.spawn
 def test_the_command_records_a_whole_student_beside_its_prediction(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
