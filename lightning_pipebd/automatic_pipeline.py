@@ -15,14 +15,12 @@ from lightning_pipebd.machines import Machine, find_cluster
 from lightning_pipebd.pipeline_measuring import coupled_blocks, measure_pipeline
 from lightning_pipebd.pipeline_options import PipelineOptions, even_plan
 from lightning_pipebd.planning.curve import CostError
-from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
-from lightning_pipebd.planning.pipeline_explain import pipeline_exactness
+from lightning_pipebd.planning.pipeline_explain import check_pipeline_exactness
 from lightning_pipebd.planning.pipeline_judge import PipelineCandidate
 from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_schedule import Durations, Schedule
-from lightning_pipebd.planning.plan import PlanError
 from lightning_pipebd.runtime.agreement import done_by_rank_zero
 from lightning_pipebd.runtime.transport import Transport
 from lightning_pipebd.teacher_student import TeacherStudentModule
@@ -78,13 +76,7 @@ def check_pipeline_request(
         return
     number_of_parts = options.settled(module, num_ranks, finder.exactness).num_micro_batches
     assert number_of_parts is not None
-    found = pipeline_exactness(number_of_parts, coupled_blocks(module))
-    order = list(Exactness)
-    if order.index(found) > order.index(finder.exactness):
-        raise PlanError(
-            f"`num_micro_batches` must keep the student {finder.exactness}, because `exactness` says so, but "
-            f"{number_of_parts} micro-batches make it {found}. Leave one of both out."
-        )
+    check_pipeline_exactness(number_of_parts, coupled_blocks(module), finder.exactness)
 
 
 def find_pipeline_of_fit(

@@ -44,6 +44,11 @@ class CheckedCheckpoints(ProcessGroupStrategy):
         self._session: TrainingSession | PipelineSession | None = None
         self._handed_over_at = -1
 
+    @property
+    def session(self) -> TrainingSession | PipelineSession | None:
+        """What trains on this rank; ``None`` before the first ``fit``."""
+        return self._session
+
     @override
     def connect(self, model: Any) -> None:
         super().connect(model)

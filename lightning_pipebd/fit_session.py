@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -14,8 +15,10 @@ from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy, add_callback, remove_callback
+from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.freed_memory import give_memory_back, keep_freed_memory
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
+from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
 from lightning_pipebd.runtime.progress import Progress
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.transport import Lane, Transport
@@ -40,6 +43,8 @@ class FitSession:
         resumed: Where in the data a resumed run goes on.
     """
 
+    _executor: Executor | PipelineExecutor
+
     def __init__(
         self,
         transport: Transport,
@@ -58,6 +63,7 @@ class FitSession:
         self._max_in_flight = max_in_flight
         self._rank = transport.rank
         self._pruned: dict[int, PrunedOptimizer] = {}
+        self._observers: list[Callable[[Any], None]] = []
         self._loader_epoch = -1
         self._is_abandoned = False
         self._is_open = False
@@ -90,6 +96,29 @@ class FitSession:
         add_callback(trainer, self._follower, is_last=True)
         self._trainer = trainer
         self._begun_with = (trainer, sharing_logs, assemble_student)
+
+    def observe(self, observer: Callable[[Any], None]) -> Callable[[], None]:
+        """Have every action of this rank told to somebody, with its times; give what ends that."""
+        self._observers.append(observer)
+        self._tell_observers()
+
+        def end() -> None:
+            self._observers.remove(observer)
+            self._tell_observers()
+
+        return end
+
+    def _tell_observers(self) -> None:
+        def tell(span: Any) -> None:
+            for observer in self._observers:
+                observer(span)
+
+        # Nobody measures for nobody.
+        self._executor.observer = tell if self._observers else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """**Collective** over all ranks: give every rank's value, in rank order."""
+        return self._transport.all_gather_object(value)
 
     def close(self) -> None:
         """Finish all exchanges; every rank must do so after the same step."""

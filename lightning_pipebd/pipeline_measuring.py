@@ -34,7 +34,7 @@ from lightning_pipebd.runtime.row_trees import count_rows, tree_bytes
 from lightning_pipebd.runtime.side_effects import untouched
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
-__all__ = ["coupled_blocks", "measure_pipeline", "student_modules"]
+__all__ = ["coupled_blocks", "measure_pipeline", "name_block", "student_modules"]
 
 # A batch, a rank's part of it, and the smallest micro-batches that are looked at; the others lie between.
 _PARTS_PER_RANK = (1, 2, 4)
@@ -221,7 +221,7 @@ def _teacher_costs(module: TeacherStudentModule, block: int, findings: Sequence[
     found = findings[block % len(findings)]
     own = found.profile.teacher[block]
     return TeacherBlockCosts(
-        name=_name(module.cuts.teacher, block),
+        name=name_block(module.cuts.teacher, block),
         teach_ms=own.teach_ms,
         follow_ms=found.follow_ms.get(block, 0.0),
         parameter_bytes=sum(tensor.nbytes for tensor in module.teacher_tensors(block)),
@@ -235,7 +235,7 @@ def _student_costs(module: TeacherStudentModule, block: int, findings: Sequence[
     own = found.profile.student[block]
     trained = [parameter for parameter in module.student_parameters(block) if parameter.requires_grad]
     return StudentBlockCosts(
-        name=_name(module.cuts.student, block),
+        name=name_block(module.cuts.student, block),
         forward_ms=own.forward_ms,
         backward_ms=own.backward_ms,
         update_ms=found.update_ms[block],
@@ -248,7 +248,7 @@ def _student_costs(module: TeacherStudentModule, block: int, findings: Sequence[
     )
 
 
-def _name(partition: Partition, block: int) -> str:
+def name_block(partition: Partition, block: int) -> str:
     """Name a block by its first parameter's module, as far as it has one."""
     names = partition.parameter_names[block]
     return names[0].rpartition(".")[0] or names[0] if names else "no parameters"

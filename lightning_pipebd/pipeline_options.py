@@ -28,7 +28,14 @@ from lightning_pipebd.planning.plan import PlanError
 from lightning_pipebd.preflight import check_callbacks
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
-__all__ = ["PipelineOptions", "check_pipeline_optimizers", "pipeline_edges"]
+__all__ = [
+    "PipelineOptions",
+    "check_pipeline_optimizers",
+    "default_micro_batches",
+    "even_plan",
+    "pipeline_edges",
+    "resolve_pipeline_plan",
+]
 
 # In the steady state three micro-batches per rank and batch are lost in filling and draining a student's pipeline; the
 # teacher fills that time if there are about four of them per rank.
@@ -80,7 +87,7 @@ class PipelineOptions:
         """Give the number of micro-batches."""
         if self.num_micro_batches is not None:
             return self.num_micro_batches
-        return 1 if coupled_blocks(module) else _MICRO_BATCHES_PER_RANK * num_ranks
+        return default_micro_batches(num_ranks, is_whole=bool(coupled_blocks(module)))
 
     def settled(
         self, module: TeacherStudentModule, num_ranks: int, exactness: Exactness | None = None
@@ -144,22 +151,7 @@ class PipelineOptions:
         """
         if plan is None:
             return even_plan(module, 1) if num_ranks == 1 else None
-        resolved = _read_plan(plan)
-        for side, ranks, number in (
-            ("teacher", resolved.teacher, module.num_teacher_blocks),
-            ("student", resolved.student, module.num_student_blocks),
-        ):
-            if len(ranks) != number:
-                raise PlanError(
-                    f"`plan` must cover the {side}'s {number} blocks, but covers {len(ranks)}. Write the blocks of "
-                    "both models, as in '0-3|4-7 / 0-1|2-3', where they differ."
-                )
-        if resolved.num_ranks != num_ranks:
-            raise PlanError(
-                f"`plan` must be for the {num_ranks} ranks of this run, but is for {resolved.num_ranks}. Set "
-                f"`devices={resolved.num_ranks}` (times `num_nodes`), or give another plan."
-            )
-        return resolved
+        return resolve_pipeline_plan(plan, (module.num_teacher_blocks, module.num_student_blocks), num_ranks)
 
     def check(self, trainer: Trainer, module: TeacherStudentModule) -> None:
         """Raise for settings that cannot work.
@@ -207,15 +199,54 @@ class PipelineOptions:
                 "statistics). Set `num_micro_batches=1`, or use layers that treat rows one by one (GroupNorm).",
                 stacklevel=2,
             )
-        if outlook is not None:
-            return str(outlook)
+        return self.explain(plan, module) if outlook is None else str(outlook)
+
+    def explain(self, plan: PipelinePlan, module: TeacherStudentModule) -> str:
+        """Explain the plan."""
         return explain_pipeline(
             plan,
-            num_micro_batches=number,
+            num_micro_batches=self.micro_batches(module, plan.num_ranks),
             schedule=self._schedule,
             looks_ahead=self.looks_ahead(module),
-            coupled_blocks=coupled,
+            coupled_blocks=coupled_blocks(module),
         )
+
+
+def default_micro_batches(num_ranks: int, *, is_whole: bool) -> int:
+    """Give the number of micro-batches of a plan that was given without one.
+
+    Example:
+        >>> default_micro_batches(2, is_whole=False), default_micro_batches(2, is_whole=True)
+        (8, 1)
+    """
+    return 1 if is_whole else _MICRO_BATCHES_PER_RANK * num_ranks
+
+
+def resolve_pipeline_plan(plan: Any, num_blocks: tuple[int, int], num_ranks: int) -> PipelinePlan:
+    """Make a plan of what a user gave, and check that it fits.
+
+    Args:
+        plan: A :class:`PipelinePlan`, its text or dictionary, or the path of a YAML file with either.
+        num_blocks: Blocks of the teacher and of the student.
+        num_ranks: Ranks of the run.
+
+    Raises:
+        PlanError: The plan is none, or is for another number of blocks or ranks.
+    """
+    resolved = _read_plan(plan)
+    sides = (("teacher", resolved.teacher), ("student", resolved.student))
+    for (side, ranks), number in zip(sides, num_blocks, strict=True):
+        if len(ranks) != number:
+            raise PlanError(
+                f"`plan` must cover the {side}'s {number} blocks, but covers {len(ranks)}. Write the blocks of "
+                "both models, as in '0-3|4-7 / 0-1|2-3', where they differ."
+            )
+    if resolved.num_ranks != num_ranks:
+        raise PlanError(
+            f"`plan` must be for the {num_ranks} ranks of this run, but is for {resolved.num_ranks}. Set "
+            f"`devices={resolved.num_ranks}` (times `num_nodes`), or give another plan."
+        )
+    return resolved
 
 
 def even_plan(module: TeacherStudentModule, num_ranks: int) -> PipelinePlan:

@@ -21,6 +21,8 @@ from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import start_watcher
 from lightning_pipebd.lightning_internals import (
     ProcessGroupStrategy,
+    add_callback,
+    remove_callback,
     seed_workers,
     set_device,
 )
@@ -28,7 +30,9 @@ from lightning_pipebd.pipeline_data import AheadHeaderLoader, AheadLoader, Annou
 from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
 from lightning_pipebd.pipeline_measuring import student_modules
 from lightning_pipebd.pipeline_options import PipelineOptions, pipeline_edges
+from lightning_pipebd.pipeline_step_report import PipelineStepReport
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import Stream
 from lightning_pipebd.planning.pipeline_schedule import Durations
@@ -62,6 +66,8 @@ class PipelineSession(FitSession):
         resumed: Where in the data a resumed run goes on.
     """
 
+    _executor: PipelineExecutor
+
     def __init__(
         self,
         module: TeacherStudentModule,
@@ -79,6 +85,8 @@ class PipelineSession(FitSession):
         self._plan = plan
         self._options = options
         self._durations = durations
+        self._terms: dict[str, Tensor] = {}
+        self._step_report: PipelineStepReport | None = None
         self._staged: tuple[Announced, Any, int] | None = None
         self._taught: tuple[object, int] | None = None
         self._train_loader: AheadLoader | AheadHeaderLoader | None = None
@@ -126,7 +134,43 @@ class PipelineSession(FitSession):
     def end(self) -> None:
         """Take back what was changed in the trainer and the module."""
         self._module.follow_in_plan = self._module.clip_in_plan = self._module.step_guard.agree = None
+        if self._step_report is not None:
+            remove_callback(self._trainer, self._step_report)
+            self._step_report.close()
         super().end()
+
+    @property
+    def plan(self) -> PipelinePlan:
+        """The plan."""
+        return self._plan
+
+    @property
+    def module(self) -> TeacherStudentModule:
+        """Teacher, student and loss."""
+        return self._module
+
+    @property
+    def options(self) -> PipelineOptions:
+        """How batches are cut and ordered."""
+        return self._options
+
+    @property
+    def losses(self) -> dict[str, Tensor]:
+        """The terms of the last step's loss, on the rank that computes it."""
+        return self._terms
+
+    @property
+    def step_time_ms(self) -> float | None:
+        """Measured time of a step; ``None`` before the end of the first epoch, or if nothing was foreseen."""
+        return self._step_report.step_time_ms if self._step_report is not None else None
+
+    def report(self, outlook: PipelineOutlook | None) -> None:
+        """Log how the steps' time compares with what was foreseen."""
+        if outlook is not None:
+            # On a GPU an action is over when it was begun: its time says nothing.
+            listen = self.observe if self._strategy.root_device.type == "cpu" else None
+            self._step_report = PipelineStepReport(outlook, self._transport, listen)
+            add_callback(self._trainer, self._step_report)
 
     def is_for(self, module: object) -> bool:
         """Tell whether this fit is or was the module's."""
@@ -252,7 +296,8 @@ class PipelineSession(FitSession):
         deferred = nullcontext() if self._jobs.norms is None else self._jobs.norms.batch()
         with deferred, self.progress.program(self.num_steps, announced.num_rows, is_update=update):
             loaded = self._load(batch, announced.num_rows, is_known=is_taught) if is_loading else {}
-            terms = self._executor.run(program, self.num_steps, loaded, self._load_next(announced.following))
+            following = self._load_next(announced.following)
+            self._terms = terms = self._executor.run(program, self.num_steps, loaded, following)
         self.num_steps += 1
         if not update:
             self._executor.finish()

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning_pipebd.planning.program import Kind
-from lightning_pipebd.planning.simulate import Simulation
+from lightning_pipebd.planning.simulate import TimelineSpan
 
-__all__ = ["DrawnSpan", "check_plots", "draw_losses", "draw_timelines", "predicted_spans"]
+__all__ = ["DrawnSpan", "check_plots", "draw_losses", "draw_timelines", "make_label", "predicted_spans"]
 
 _COLOURS = {
-    Kind.LOAD: "#bab0ac",
-    Kind.RECV: "#76b7b2",
-    Kind.TEACH: "#4e79a7",
-    Kind.SEND: "#59a14f",
-    Kind.LEARN: "#f28e2b",
-    Kind.REDUCE: "#e15759",
-    Kind.UPDATE: "#b07aa1",
+    "LOAD": "#bab0ac",
+    "RECV": "#76b7b2",
+    "TEACH": "#4e79a7",
+    "SEND": "#59a14f",
+    "LEARN": "#f28e2b",
+    "FORWARD": "#f28e2b",
+    "LOSS": "#ff9da7",
+    "BACKWARD": "#edc948",
+    "BACKWARD_INPUT": "#edc948",
+    "BACKWARD_WEIGHT": "#d4a72c",
+    "REDUCE": "#e15759",
+    "UPDATE": "#b07aa1",
+    "EMA": "#9c755f",
 }
+# What comes often and is short says nothing but its kind.
+_WITHOUT_NUMBER = ("LOAD", "LOSS", "UPDATE")
 _LEAST_LABELLED = 0.02
 
 
@@ -28,7 +35,7 @@ class DrawnSpan(NamedTuple):
 
     Args:
         rank: The rank.
-        kind: What it did.
+        kind: What it did, as programs spell it.
         label: What is written on it.
         start_ms: When it turned to the action.
         stop_ms: When it was done.
@@ -36,7 +43,7 @@ class DrawnSpan(NamedTuple):
     """
 
     rank: int
-    kind: Kind
+    kind: str
     label: str
     start_ms: float
     stop_ms: float
@@ -52,18 +59,18 @@ def check_plots() -> None:
     _pyplot()
 
 
-def predicted_spans(simulation: Simulation) -> list[DrawnSpan]:
-    """Give a simulation's timeline."""
+def predicted_spans(timeline: Iterable[TimelineSpan]) -> list[DrawnSpan]:
+    """Give a simulation's timeline to be drawn."""
     return [
         DrawnSpan(
             span.rank,
-            span.action.kind,
-            _label(span.action.kind, span.action.index),
+            span.action.kind.value,
+            make_label(str(span.action)),
             span.start_ms,
             span.stop_ms,
             span.wait_ms,
         )
-        for span in simulation.timeline
+        for span in timeline
     ]
 
 
@@ -85,8 +92,11 @@ def draw_timelines(path: str | Path, timelines: Mapping[str, Sequence[DrawnSpan]
         _draw(axis, spans, num_ranks)
         axis.set_title(title, loc="left")
     axes[-1, 0].set_xlabel("ms")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in _COLOURS.values()]
-    figure.legend(handles, [kind.value for kind in _COLOURS], ncols=len(_COLOURS), loc="outside lower center")
+    drawn = {span.kind for spans in timelines.values() for span in spans}
+    colours = {kind: colour for kind, colour in _COLOURS.items() if kind in drawn}
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in colours.values()]
+    if handles:
+        figure.legend(handles, list(colours), ncols=len(colours), loc="outside lower center")
     try:
         figure.savefig(path)
     finally:
@@ -140,8 +150,17 @@ def _draw(axis: Any, spans: Sequence[DrawnSpan], num_ranks: int) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _label(kind: Kind, index: int) -> str:
-    return kind.value[0] if kind is Kind.LOAD else f"{kind.value[0]}{index}"
+def make_label(action: str) -> str:
+    """Give what is written on an action: its kind's letter and number, and a dash if it is of the next batch.
+
+    Example:
+        >>> actions = ("TEACH block=2 rows=0:4 batch=next", "SEND gradient=1 rows=0:4 to=0", "LOSS rows=0:4", "UPDATE")
+        >>> [make_label(action) for action in actions]
+        ["T2'", 'S1', 'L', 'U']
+    """
+    kind, _, words = action.partition(" ")
+    number = "" if kind in _WITHOUT_NUMBER else words.partition("=")[2].split(" ")[0]
+    return f"{kind[0]}{number}" + ("'" if action.endswith(" batch=next") else "")
 
 
 def _pyplot() -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-__all__ = ["Section", "to_html", "to_markdown"]
+__all__ = ["Section", "to_html", "to_markdown", "write_page"]
 
 _STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 64rem; margin: 2rem auto;
@@ -36,6 +38,33 @@ class Section(NamedTuple):
     table: Sequence[Sequence[str]] = ()
     picture: str = ""
     verbatim: str = ""
+
+
+def write_page(
+    path: str | Path, title: str, sections: Sequence[Section], pictures: Mapping[str, Callable[[Path], None]]
+) -> None:
+    """Write a page: Markdown with its pictures beside it, or one HTML file with its pictures in it.
+
+    Args:
+        path: File to write; its ending, ``.md`` or ``.html``, chooses.
+        title: Of the page.
+        sections: Its parts.
+        pictures: What draws each picture into a file, under the name that the sections give it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".md":
+        prefix = f"{path.stem}_"
+        for name, draw in pictures.items():
+            draw(path.parent / f"{prefix}{name}")
+        path.write_text(to_markdown(title, sections, prefix=prefix), encoding="utf-8")
+        return
+    with TemporaryDirectory() as folder:
+        texts = {}
+        for name, draw in pictures.items():
+            draw(Path(folder, name))
+            texts[name] = Path(folder, name).read_text(encoding="utf-8")
+    path.write_text(to_html(title, sections, texts), encoding="utf-8")
 
 
 def to_markdown(title: str, sections: Sequence[Section], *, prefix: str = "") -> str:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning_pipebd.planning.explain import BlockTraits, exactness_of, exactness_reasons, explain_plan
 from lightning_pipebd.planning.outlook import Outlook
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.program import TARGETS
 from lightning_pipebd.planning.quantities import format_bytes
 from lightning_pipebd.planning.routing import moved_rows
 from lightning_pipebd.plots import DrawnSpan, draw_losses, draw_timelines
-from lightning_pipebd.report_page import Section, to_html, to_markdown
+from lightning_pipebd.report_page import Section, write_page
 
-__all__ = ["RunReport"]
+__all__ = ["RunReport", "describe_prediction"]
 
 _UNKNOWN = "unknown"
 
@@ -58,16 +59,12 @@ class RunReport:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".md":
-            self._draw(path.parent, f"{path.stem}_")
-            path.write_text(to_markdown(self.title, self.sections(), prefix=f"{path.stem}_"), encoding="utf-8")
-            return
-        with TemporaryDirectory() as folder:
-            self._draw(Path(folder), "")
-            pictures = {picture.name: picture.read_text(encoding="utf-8") for picture in Path(folder).iterdir()}
-        path.write_text(to_html(self.title, self.sections(), pictures), encoding="utf-8")
+        curves = {self._name(block): curve for block, curve in sorted(self.losses.items())}
+        pictures = {
+            "timeline.svg": partial(draw_timelines, timelines=self.timelines),
+            "losses.svg": partial(draw_losses, curves=curves),
+        }
+        write_page(path, self.title, self.sections(), pictures)
 
     @property
     def title(self) -> str:
@@ -95,19 +92,12 @@ class RunReport:
             ("plan", format_plan(self.plan) if has_text_form(self.plan) else "see below"),
             ("exactness", " ".join([str(exactness_of(self.plan, self.traits)), *reasons[:1]])),
             ("rows of a batch", str(self.num_rows)),
-            ("predicted step", self._predicted(measured)),
+            ("predicted step", describe_prediction(self.outlook, measured)),
             ("measured step", f"{measured:.4g} ms, over {self.summary['steps']} steps"),
             ("bubble share", f"{bubble:.0%} of the ranks' time is not work"),
             ("slowest block", _UNKNOWN if slowest is None else self._name(slowest)),
             ("relay traffic", self._traffic()),
         ]
-
-    def _predicted(self, measured_ms: float) -> str:
-        if self.outlook is None:
-            return "none: the plan was given, and nothing was measured"
-        predicted = self.outlook.step_time_ms
-        off = f", the measured one is {measured_ms / predicted - 1:+.0%} off" if predicted else ""
-        return f"{predicted:.4g} ms{off}"
 
     def _traffic(self) -> str:
         links = self._links()
@@ -201,8 +191,11 @@ class RunReport:
             target_blocks=self.target_blocks,
         )
 
-    def _draw(self, folder: Path, prefix: str) -> None:
-        draw_timelines(folder / f"{prefix}timeline.svg", self.timelines)
-        draw_losses(
-            folder / f"{prefix}losses.svg", {self._name(block): curve for block, curve in sorted(self.losses.items())}
-        )
+
+def describe_prediction(outlook: Outlook | PipelineOutlook | None, measured_ms: float) -> str:
+    """Say what a step was foreseen to take, beside what it took."""
+    if outlook is None:
+        return "none: the plan was given, and nothing was measured"
+    predicted = outlook.step_time_ms
+    off = f", the measured one is {measured_ms / predicted - 1:+.0%} off" if predicted else ""
+    return f"{predicted:.4g} ms{off}"

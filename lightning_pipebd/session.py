@@ -38,7 +38,7 @@ from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.program import Kind, Program
 from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
-from lightning_pipebd.runtime.executor import Executor, Span
+from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.step_agreement import END, SAVE
 from lightning_pipebd.runtime.transport import ProcessGroupTransport, Transport
@@ -80,6 +80,8 @@ class TrainingSession(FitSession):
         resumed: Where in the data a resumed run goes on.
     """
 
+    _executor: Executor
+
     def __init__(
         self,
         module: BlockwiseDistillationModule,
@@ -100,7 +102,6 @@ class TrainingSession(FitSession):
         self._norms: SynchronisedNorms | None = None
         self._step_report: StepReport | None = None
         self._converged = ConvergedBlocks()
-        self._observers: list[Callable[[Span], None]] = []
 
     # Life.
 
@@ -147,21 +148,6 @@ class TrainingSession(FitSession):
             ]
         self._is_open = True
 
-    def observe(self, observer: Callable[[Span], None]) -> Callable[[], None]:
-        """Have every action of this rank told to somebody; give what ends that."""
-        self._observers.append(observer)
-        self._executor.observer = self._tell
-
-        def end() -> None:
-            self._observers.remove(observer)
-            self._executor.observer = self._tell if self._observers else None
-
-        return end
-
-    def _tell(self, span: Span) -> None:
-        for observer in self._observers:
-            observer(span)
-
     def report(self, outlook: Outlook | None, *, replans: bool = False) -> None:
         """Log how the steps' time compares with what was foreseen, and what has changed since."""
         if outlook is not None:
@@ -183,7 +169,7 @@ class TrainingSession(FitSession):
         self._converged = old._converged
         # The list itself: who ends listening takes himself out of it.
         self._observers = old._observers
-        self._executor.observer = self._tell if self._observers else None
+        self._tell_observers()
         # A signal that came between two sessions, or that the old one had yet to follow.
         for kind in (END, SAVE):
             if old.progress.agreement.is_open(kind):
@@ -217,13 +203,14 @@ class TrainingSession(FitSession):
             pruned.restore()
 
     @property
+    def synchronises_batch_norm(self) -> bool:
+        """Whether shared blocks take their batch statistics over the rows of all ranks."""
+        return self._norms is not None
+
+    @property
     def losses(self) -> dict[int, Tensor]:
         """This rank's parts of the block losses of the last step."""
         return self._metrics.latest
-
-    def gather(self, value: Any) -> list[Any]:
-        """**Collective** over all ranks: give every rank's value, in rank order."""
-        return self._transport.all_gather_object(value)
 
     @override
     def end(self) -> None:

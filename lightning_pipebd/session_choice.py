@@ -159,6 +159,8 @@ class SessionChoice(NamedTuple):
         """Have the session log how its steps' time compares with what was foreseen."""
         if isinstance(self.found, FoundPlan) and isinstance(self.session, TrainingSession):
             self.session.report(self.found.outlook, replans=replans)
+        elif isinstance(self.found, FoundPipeline) and isinstance(self.session, PipelineSession):
+            self.session.report(self.found.outlook)
 
 
 def check_session_optimizers(optimizers: list[Optimizer], module: DistillationModule) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -20,16 +19,14 @@ from lightning_pipebd.planning.program import Kind
 from lightning_pipebd.runtime.agreement import done_by_rank_zero
 from lightning_pipebd.runtime.executor import Span
 from lightning_pipebd.runtime.transport import Transport
+from lightning_pipebd.step_pace import StepPace, compare, has_drifted
 
 __all__ = ["StepReport"]
 
 Listener = Callable[[Span], None]
 
-_MIN_STEPS = 8
-_DRIFT = 1.25
 
-
-class StepReport(Callback):
+class StepReport(StepPace):
     """Log what a step took, beside what was predicted, and look for a better plan where that is too far off.
 
     Each rank notes when its batches end; validation in between does not count. The paces are exchanged at the end of
@@ -57,15 +54,13 @@ class StepReport(Callback):
         *,
         replans: bool = False,
     ) -> None:
+        super().__init__()
         self._outlook = outlook
         self._transport = transport
         self._module = module
         self._replans = replans
         self._end_listening = listen(self._note) if listen is not None else None
         self._durations: defaultdict[tuple[Kind, int, int], list[float]] = defaultdict(list)
-        self._stamps: list[float] = []
-        self._pause_s = 0.0
-        self._pause_start = 0.0
         # Blocks that are trained no longer: those that were foreseen, those that are known, and those that were not
         # trained either when this epoch began, or when the times were observed.
         self._foreseen = self._frozen = self._frozen_early = self._frozen_when_observed = module.frozen_blocks
@@ -87,18 +82,7 @@ class StepReport(Callback):
         """Note the time."""
         if not self._stamps:
             self._frozen_early = self._module.frozen_blocks
-        if self._is_measuring or not self._stamps:
-            self._stamps.append(time.perf_counter() - self._pause_s)
-
-    @override
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
-        self._pause_start = time.perf_counter()
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let it run on."""
-        self._pause_s += time.perf_counter() - self._pause_start
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -122,17 +106,16 @@ class StepReport(Callback):
             self.better = done_by_rank_zero(self._transport, lambda: self._look(bool(paces), newly))
 
     @property
-    def _is_measuring(self) -> bool:
+    @override
+    def is_measuring(self) -> bool:
         return self._replans or self.step_time_ms is None
 
     def _end_epoch(self) -> _Epoch:
-        stamps, self._stamps = self._stamps, []
+        pace_ms = self.take_pace()
         durations, self._durations = self._durations, defaultdict(list)
         frozen = (self._module.frozen_blocks, self._frozen_early)
-        if len(stamps) < _MIN_STEPS:
+        if pace_ms is None:
             return _Epoch(None, {}, *frozen)
-        half = len(stamps) // 2
-        pace_ms = (stamps[-1] - stamps[half - 1]) / (len(stamps) - half) * 1000
         medians = {(key[0].value, *key[1:]): statistics.median(values) for key, values in durations.items()}
         return _Epoch(pace_ms, medians, *frozen)
 
@@ -178,34 +161,3 @@ class _Epoch(NamedTuple):
 
 def _list(blocks: Collection[int]) -> str:
     return ", ".join(map(str, sorted(blocks)))
-
-
-def has_drifted(predicted_ms: float, measured_ms: float) -> bool:
-    """Tell whether a measured step time is too far from the predicted one.
-
-    Example:
-        >>> has_drifted(40.0, 41.0), has_drifted(40.0, 60.0), has_drifted(40.0, 20.0)
-        (False, True, True)
-    """
-    return not predicted_ms / _DRIFT <= measured_ms <= predicted_ms * _DRIFT
-
-
-def compare(predicted_ms: float, measured_ms: float) -> str:
-    """Say how a measured step time differs from the predicted one.
-
-    Example:
-        >>> compare(40.0, 41.0)
-        'measured: 41 ms per step, predicted: 40 ms (+2 %)'
-        >>> print(compare(10.0, 20.0))
-        measured: 20 ms per step, predicted: 10 ms (+100 %)
-        That is more than 25 % off. Something else may use the devices, or did so while the costs were measured; to
-        have them measured anew, set PIPEBD_CACHE to an empty folder.
-    """
-    change = (measured_ms / predicted_ms - 1) * 100 if predicted_ms else 0.0
-    line = f"measured: {measured_ms:.4g} ms per step, predicted: {predicted_ms:.4g} ms ({change:+.0f} %)"
-    if not has_drifted(predicted_ms, measured_ms):
-        return line
-    return (
-        f"{line}\nThat is more than {(_DRIFT - 1) * 100:.0f} % off. Something else may use the devices, or did so "
-        "while the costs were measured; to\nhave them measured anew, set PIPEBD_CACHE to an empty folder."
-    )

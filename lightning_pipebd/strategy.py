@@ -39,7 +39,6 @@ from lightning_pipebd.preflight import check_callbacks, check_schedulers
 from lightning_pipebd.replanning import Replanning
 from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
-from lightning_pipebd.session import TrainingSession
 from lightning_pipebd.session_choice import PlanRequest, SessionChoice, check_session_optimizers, require_module
 from lightning_pipebd.signals import give_exit_status, handle_signals_outside_fit
 
@@ -155,11 +154,6 @@ class PipeBDStrategy(Replanning):
     def is_distributed(self) -> bool:
         """Whether logged values are to be exchanged: while ranks hold different rows, and when an epoch ends."""
         return self._shares_logs
-
-    @property
-    def session(self) -> TrainingSession | None:
-        """What trains blocks on this rank; ``None`` before the first ``fit``, or if a whole student is trained."""
-        return self._session if isinstance(self._session, TrainingSession) else None
 
     # Set-up.
 

@@ -13,21 +13,18 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipebd.loss_history import LossHistory, merge_losses
-from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.planning.outlook import Outlook
-from lightning_pipebd.planning.plan import Plan
-from lightning_pipebd.planning.program import Action, Kind
-from lightning_pipebd.planning.simulate import simulate
-from lightning_pipebd.plots import DrawnSpan, check_plots, draw_timelines, predicted_spans
-from lightning_pipebd.run_report import RunReport
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
+from lightning_pipebd.planning.program import Kind
+from lightning_pipebd.plots import DrawnSpan, check_plots, draw_timelines, make_label, predicted_spans
 from lightning_pipebd.runtime.executor import Span
+from lightning_pipebd.runtime.pipeline_executor import PipelineSpan
 from lightning_pipebd.session import TrainingSession
 from lightning_pipebd.strategy import PipeBDStrategy
-from lightning_pipebd.trace_summary import summarise
+from lightning_pipebd.timeline_report import make_report
 
 __all__ = ["Timeline"]
-
-_JOBS = (Kind.TEACH.value, Kind.LEARN.value)
 
 
 class _Event(NamedTuple):
@@ -38,6 +35,7 @@ class _Event(NamedTuple):
     name: str
     start_s: float
     stop_s: float
+    num_bytes: int = 0
 
 
 class Timeline(Callback):
@@ -53,7 +51,8 @@ class Timeline(Callback):
         num_steps: Steps to record, at least 1.
         plot: Picture to draw as well, the predicted timeline above the measured one; needs matplotlib.
         report: Page to write as well, HTML or Markdown by its ending: the plan, prediction and measurement side by
-            side, the ranks' time, the relay, the losses of all blocks; needs matplotlib.
+            side, the ranks' time, the relay, the losses of all blocks, or the terms of a whole student's; needs
+            matplotlib.
 
     Raises:
         ValueError: A number is too small, or the report has another ending.
@@ -86,12 +85,13 @@ class Timeline(Callback):
         self._events: list[_Event] = []
         self._step = 0
         self._update_start = 0.0
+        self._offset = 0.0
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to this rank's actions."""
         self._end_listening = _session(trainer).observe(self._note)
-        self._events, self._step, self._losses = [], 0, LossHistory()
+        self._events, self._step, self._losses, self._offset = [], 0, LossHistory(), 0.0
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -103,9 +103,7 @@ class Timeline(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note when updates end."""
-        if self._update_start and self._step in self._steps:
-            self._add(Kind.UPDATE.value, "UPDATE", self._update_start, time.perf_counter())
-        self._update_start = 0.0
+        self._end_update(time.perf_counter())
         if self._report is not None:
             self._losses.note(self._step, _session(trainer).losses)
         self._step += 1
@@ -119,90 +117,64 @@ class Timeline(Callback):
         if not trainer.is_global_zero:
             return
         events = [[_Event(*event) for event in own] for own, _ in everyone]
+        trace = _trace(events)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(_trace(events)), encoding="utf-8")
-        outlook = trainer.strategy.outlook  # type: ignore[attr-defined]  # ours, as `_session` found
+        self._path.write_text(json.dumps(trace), encoding="utf-8")
+        outlook = _strategy(trainer).outlook
         timelines = self._timelines(events, outlook) if self._plot or self._report else {}
         if self._plot is not None:
             draw_timelines(self._plot, timelines)
         if self._report is not None:
             losses = merge_losses([points for _, points in everyone])
-            _report(trainer, pl_module, outlook, events, timelines, losses).write(self._report)
+            make_report(_session(trainer), outlook, trace, timelines, losses).write(self._report)
         rank_zero_info(f"The timeline of {len(self._steps)} steps is in {self._path}.")
 
-    def _note(self, span: Span) -> None:
-        if self._step in self._steps and span.action.kind is not Kind.UPDATE:
-            self._add(span.action.kind.value, str(span.action), span.start_s, span.stop_s)
+    def _note(self, span: Span | PipelineSpan) -> None:
+        # What an end-to-end program does after the optimizer step is an action again.
+        self._end_update(span.start_s)
+        if self._step in self._steps and span.action.kind.value != Kind.UPDATE.value:
+            num_bytes = span.num_bytes if isinstance(span, PipelineSpan) else 0
+            self._add(span.action.kind.value, str(span.action), span.start_s, span.stop_s, num_bytes)
 
-    def _add(self, kind: str, name: str, start_s: float, stop_s: float) -> None:
-        # The clock that measures best begins anywhere; the one on the wall is the same for all ranks.
-        offset = time.time() - time.perf_counter()
-        self._events.append(_Event(self._step, kind, name, start_s + offset, stop_s + offset))
+    def _end_update(self, stop_s: float) -> None:
+        if self._update_start and self._step in self._steps:
+            self._add(Kind.UPDATE.value, Kind.UPDATE.value, self._update_start, stop_s)
+        self._update_start = 0.0
 
-    def _timelines(self, ranks: list[list[_Event]], outlook: Outlook | None) -> dict[str, list[DrawnSpan]]:
+    def _add(self, kind: str, name: str, start_s: float, stop_s: float, num_bytes: int = 0) -> None:
+        # The clock that measures best begins anywhere; the one on the wall is the same for all ranks. Of some readings
+        # the greatest was interrupted least.
+        self._offset = self._offset or max(time.time() - time.perf_counter() for _ in range(5))
+        self._events.append(_Event(self._step, kind, name, start_s + self._offset, stop_s + self._offset, num_bytes))
+
+    def _timelines(
+        self, ranks: list[list[_Event]], outlook: Outlook | PipelineOutlook | None
+    ) -> dict[str, list[DrawnSpan]]:
         timelines = {}
         if outlook is not None:
-            simulation = simulate(
-                outlook.plan,
-                outlook.measurement.costs,
-                outlook.cluster,
-                num_rows=outlook.measurement.num_rows,
-                num_steps=max(2, len(self._steps)),
-                max_in_flight=outlook.max_in_flight,
-                target_blocks=outlook.measurement.target_blocks,
-            )
-            timelines["predicted"] = predicted_spans(simulation)
+            timelines["predicted"] = predicted_spans(outlook.simulate(max(2, len(self._steps))).timeline)
         timelines["measured"] = [
-            DrawnSpan(rank, Kind(event.kind), _short(event), event.start_s * 1000, event.stop_s * 1000)
+            DrawnSpan(rank, event.kind, make_label(event.name), event.start_s * 1000, event.stop_s * 1000)
             for rank, events in enumerate(ranks)
             for event in events
         ]
         return timelines
 
 
-def _session(trainer: Trainer) -> TrainingSession:
+def _strategy(trainer: Trainer) -> PipeBDStrategy:
     strategy = trainer.strategy
     if not isinstance(strategy, PipeBDStrategy):
         raise TypeError(
             f"`Timeline` must run under `strategy='pipebd'`, but the strategy is {type(strategy).__name__}. Use "
             "Trainer(profiler=...) there."
         )
-    if strategy.session is None:
-        raise TypeError(
-            "`Timeline` must watch a BlockwiseDistillationModule, but a whole student is trained. Leave it out."
-        )
-    return strategy.session
+    return strategy
 
 
-def _report(
-    trainer: Trainer,
-    module: LightningModule,
-    outlook: Outlook | None,
-    ranks: list[list[_Event]],
-    timelines: dict[str, list[DrawnSpan]],
-    losses: dict[int, list[tuple[int, float]]],
-) -> RunReport:
-    strategy = trainer.strategy
-    assert isinstance(strategy, PipeBDStrategy)
-    assert isinstance(strategy.plan, Plan)
-    assert isinstance(module, BlockwiseDistillationModule)
-    if outlook is not None:
-        traits, input_bytes = outlook.measurement.traits, outlook.measurement.costs.boundary_bytes_per_row[0]
-    else:
-        example = module.example_input_array
-        traits, input_bytes = tuple(module.block_pairs.traits(example, is_synchronised=strategy.layer_sync)), None
-    rows = [Action.parse(event.name).rows.stop for events in ranks for event in events if event.kind in _JOBS]
-    return RunReport(
-        plan=strategy.plan,
-        traits=traits,
-        num_rows=max(rows, default=0),
-        summary=summarise(_trace(ranks)),
-        timelines=timelines,
-        losses=losses,
-        outlook=outlook,
-        input_bytes_per_row=input_bytes,
-        target_blocks=tuple(module.target_blocks),
-    )
+def _session(trainer: Trainer) -> TrainingSession | PipelineSession:
+    session = _strategy(trainer).session
+    assert session is not None
+    return session
 
 
 def _trace(ranks: list[list[_Event]]) -> dict[str, Any]:
@@ -219,14 +191,9 @@ def _trace(ranks: list[list[_Event]]) -> dict[str, Any]:
             "tid": 0,
             "ts": (event.start_s - start_s) * 1e6,
             "dur": (event.stop_s - event.start_s) * 1e6,
-            "args": {"step": event.step},
+            "args": {"step": event.step, **({"bytes": event.num_bytes} if event.num_bytes else {})},
         }
         for rank, events in enumerate(ranks)
         for event in events
     ]
     return {"traceEvents": [*names, *spans], "displayTimeUnit": "ms"}
-
-
-def _short(event: _Event) -> str:
-    number = event.name.partition("=")[2].split(" ")[0]
-    return f"{event.kind[0]}{number if event.kind not in ('LOAD', 'UPDATE') else ''}"

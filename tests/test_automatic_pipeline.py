@@ -228,9 +228,11 @@ def test_the_commands_know_whole_students(
     assert "predicted: " in capsys.readouterr().out
     assert main(["plan", "--costs", str(saved), "--devices", "2", "--save", str(plan)]) == 0
     assert set(yaml.safe_load(plan.read_text())) == {"num_ranks", "teacher", "student"}
-    assert main(["simulate", "--costs", str(saved), "--devices", "2", "--plan", "0|1"]) == 1
-    assert "is of a whole student" in capsys.readouterr().err
-    assert main(["plan", "--costs", str(saved), "--devices", "2", "--plot", "a.svg"]) == 1
+    capsys.readouterr()
+    assert main(["simulate", "--costs", str(saved), "--devices", "2", "--plan", str(plan)]) == 0
+    assert "predicted: " in capsys.readouterr().out
+    assert main(["rate", "--config", str(config), "--checkpoint", "none.ckpt"]) == 1
+    assert "a whole student has none: its blocks have one loss together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["byol", "contrast", "distil"])

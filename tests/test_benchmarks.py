@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.baselines.variants import VARIANTS, Chores
 from benchmarks.emulated.cost_tables import TABLES, scaled, work_bound_ms
+from benchmarks.end_to_end.main import foresee
 from benchmarks.shared.tables import Spread, interleave, markdown_table, ratios
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,13 @@ def printed() -> str:
 def test_every_benchmark_can_be_imported_and_says_what_it_is(path: Path) -> None:
     module = importlib.import_module(f"benchmarks.{path.parent.name}.main")
     assert f"benchmarks.{path.parent.name}.main" in module.__doc__ or f"{path.parent.name}/main.py" in module.__doc__
+
+
+@pytest.mark.parametrize("num_ranks", [4, 8])
+def test_what_the_end_to_end_benchmark_claims_is_foreseen(num_ranks: int) -> None:
+    ours, first = (foresee(variant, num_ranks, ratio=2.0, per_rank=2) for variant in ("1f1b", "teacher-first"))
+    assert ours.utilisation >= 0.9
+    assert first.step_time_ms / ours.step_time_ms >= 1.25
 
 
 @pytest.mark.spawn

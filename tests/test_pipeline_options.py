@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 
-from lightning_pipebd import PipeBDStrategy, PipelinePlan, Plan, PlanError, Timeline
+from lightning_pipebd import PipeBDStrategy, PipelinePlan, Plan, PlanError
 from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers, even_plan
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement, StudentBlockCosts, TeacherBlockCosts
@@ -134,10 +134,3 @@ def test_half_precision_with_a_loss_scale_is_refused() -> None:
     scaled = MixedPrecision("16-mixed", "cpu")
     with pytest.raises(ValueError, match="`precision` must not be '16-mixed'"):
         fit(Distil(), {"plan": PLAN}, plugins=[scaled])
-
-
-def test_a_timeline_of_a_whole_student_is_refused() -> None:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", devices=1, strategy=PipeBDStrategy(), **quiet)
-    with pytest.raises(TypeError, match="`Timeline` must watch a BlockwiseDistillationModule"):
-        Timeline().on_train_start(trainer, Distil())

@@ -15,13 +15,14 @@ from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
+from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
+from lightning_pipebd.planning.pipeline_schedule import Schedule
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.quantities import parse_bytes
-from lightning_pipebd.planning.simulate import simulate
 from lightning_pipebd.plans import save_plan
 from lightning_pipebd.plots import draw_timelines, predicted_spans
 
-__all__ = ["add_options", "describe", "make_cluster", "report", "with_links", "with_options"]
+__all__ = ["add_options", "describe", "draw_outlook", "make_cluster", "report", "with_links", "with_options"]
 
 CostsT = TypeVar("CostsT", CostTable, PipelineMeasurement)
 _NUM_DRAWN_STEPS = 6
@@ -38,6 +39,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         cluster.add_argument(f"--{where}link-bytes-per-ms", type=float, help=f"bandwidth of a link {name}")
     parser.add_argument("--exactness", choices=[Exactness.BITWISE.value, Exactness.SUMMATION.value])
     parser.add_argument("--max-in-flight", type=int, default=2, help="steps by which a rank may run ahead")
+    whole = parser.add_argument_group("whole students", "chosen with the plan, unless they are given")
+    whole.add_argument("--num-micro-batches", type=int, help="parts of a batch along time")
+    whole.add_argument("--schedule", choices=[schedule.value for schedule in Schedule], help="order of the work")
+    whole.add_argument("--split-backward", action="store_true", help="gradients of weights wait for a gap")
     output = parser.add_argument_group("output")
     output.add_argument("--save", type=Path, help="write the plan to this YAML file")
     output.add_argument("--json", action="store_true", help="print JSON")
@@ -57,7 +62,18 @@ def make_cluster(options: argparse.Namespace, device_class: str) -> Cluster:
 
 
 def with_options(measurement: Measurement, options: argparse.Namespace, num_rows: int | None = None) -> Measurement:
-    """Give the measurement with the links that the options describe, for another number of rows if one is given."""
+    """Give the measurement with the links that the options describe, for another number of rows if one is given.
+
+    Raises:
+        ValueError: An option is only for whole students.
+    """
+    for name in ("num_micro_batches", "schedule", "split_backward"):
+        given = getattr(options, name)
+        if given is not None and given is not False:
+            raise ValueError(
+                f"`--{name.replace('_', '-')}` must be left out for blocks that learn by themselves: they share no "
+                "gradient, so no batch is cut along time. It is for whole students."
+            )
     costs = with_links(measurement.costs, options)
     return replace(measurement, costs=costs, num_rows=measurement.num_rows if num_rows is None else num_rows)
 
@@ -67,20 +83,18 @@ def report(options: argparse.Namespace, outlook: Outlook) -> None:
     if options.save:
         save_plan(outlook.plan, options.save)
     if options.plot:
-        measurement = outlook.measurement
-        simulation = simulate(
-            outlook.plan,
-            measurement.costs,
-            outlook.cluster,
-            num_rows=measurement.num_rows,
-            num_steps=_NUM_DRAWN_STEPS,
-            max_in_flight=outlook.max_in_flight,
-            target_blocks=measurement.target_blocks,
-        )
-        draw_timelines(
-            options.plot, {f"predicted: {outlook.step_time_ms:.4g} ms per step": predicted_spans(simulation)}
-        )
+        draw_outlook(options.plot, outlook)
     sys.stdout.write((json.dumps(describe(outlook), indent=1) if options.json else str(outlook)) + "\n")
+
+
+def draw_outlook(path: Path, outlook: Outlook | PipelineOutlook) -> None:
+    """Draw the predicted timeline of some steps.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    spans = predicted_spans(outlook.simulate(_NUM_DRAWN_STEPS).timeline)
+    draw_timelines(path, {f"predicted: {outlook.step_time_ms:.4g} ms per step": spans})
 
 
 def describe(outlook: Outlook) -> dict[str, Any]:

@@ -6,20 +6,26 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import yaml
 from torch import Tensor, nn
 
-from lightning_pipebd.commands.outlook_options import make_cluster, with_links
+from lightning_pipebd.commands.outlook_options import draw_outlook, make_cluster, with_links
 from lightning_pipebd.cost_tables import save_measurement
 from lightning_pipebd.pipeline_measuring import coupled_blocks
+from lightning_pipebd.pipeline_options import PipelineOptions, default_micro_batches, resolve_pipeline_plan
+from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
+from lightning_pipebd.planning.pipeline_explain import check_pipeline_exactness
+from lightning_pipebd.planning.pipeline_judge import PipelineCandidate
 from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
+from lightning_pipebd.planning.pipeline_schedule import Schedule
 from lightning_pipebd.runtime.partition import Partition
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
-__all__ = ["describe_models", "pipeline_entries", "plan_pipeline"]
+__all__ = ["describe_models", "foresee_pipeline", "pipeline_entries", "plan_pipeline"]
 
 
 def plan_pipeline(options: argparse.Namespace, measured: PipelineMeasurement) -> None:
@@ -27,23 +33,80 @@ def plan_pipeline(options: argparse.Namespace, measured: PipelineMeasurement) ->
 
     Raises:
         PlanError: Nothing fits the memory.
-        ValueError: A picture is asked for.
+        ImportError: A picture is wanted, but matplotlib is not installed.
     """
-    if options.plot:
-        raise ValueError(
-            "`--plot` must be left out for a TeacherStudentModule: it draws plans of separate blocks only."
-        )
     measurement = with_links(measured, options)
     if options.save_costs:
         save_measurement(measurement, options.save_costs)
-    outlook = PipelineOutlook.find(
+    _report(options, _find(options, measurement))
+
+
+def foresee_pipeline(options: argparse.Namespace, measured: PipelineMeasurement) -> None:
+    """Predict the plan that `pipebd simulate` was given, or the best one, and print and save what was asked for.
+
+    Without micro-batches and schedule a given plan gets those that the strategy would give it.
+
+    Raises:
+        PlanError: The plan is none, is for other blocks or ranks, is less exact than it must be, or does not fit.
+        ImportError: A picture is wanted, but matplotlib is not installed.
+    """
+    num_rows = measured.num_rows if options.rows is None else options.rows
+    measurement = replace(with_links(measured, options), num_rows=num_rows)
+    outlook = _find(options, measurement) if options.plan is None else _given(options, measurement)
+    _report(options, outlook)
+
+
+def _find(options: argparse.Namespace, measurement: PipelineMeasurement) -> PipelineOutlook:
+    chosen = _options(options)
+    if chosen.num_micro_batches is not None:
+        _check_exactness(options, chosen.num_micro_batches, measurement)
+    return PipelineOutlook.find(
         measurement,
         make_cluster(options, measurement.device_class),
         exactness=options.exactness,
+        num_micro_batches=chosen.num_micro_batches,
+        schedule=chosen.schedule,
+        splits_backward=chosen.split_backward,
         max_in_flight=options.max_in_flight,
     )
+
+
+def _given(options: argparse.Namespace, measurement: PipelineMeasurement) -> PipelineOutlook:
+    numbers = (len(measurement.teacher), len(measurement.student))
+    cluster = make_cluster(options, measurement.device_class)
+    chosen = _options(options)
+    number = chosen.num_micro_batches
+    if number is None:
+        is_whole = bool(measurement.coupled_blocks) or options.exactness == Exactness.BITWISE
+        number = default_micro_batches(cluster.num_ranks, is_whole=is_whole)
+    _check_exactness(options, number, measurement)
+    schedule = Schedule(chosen.schedule or Schedule.ONE_FORWARD_ONE_BACKWARD)
+    plan = resolve_pipeline_plan(options.plan, numbers, cluster.num_ranks)
+    outlook = PipelineOutlook(
+        candidate=PipelineCandidate(plan, min(number, measurement.num_rows), schedule),
+        measurement=measurement,
+        cluster=cluster,
+        splits_backward=chosen.split_backward,
+        max_in_flight=options.max_in_flight,
+    )
+    outlook.check_memory()
+    return outlook
+
+
+def _options(options: argparse.Namespace) -> PipelineOptions:
+    return PipelineOptions(options.num_micro_batches, options.schedule, options.split_backward)
+
+
+def _check_exactness(options: argparse.Namespace, number: int, measurement: PipelineMeasurement) -> None:
+    if options.exactness is not None:
+        check_pipeline_exactness(number, measurement.coupled_blocks, Exactness(options.exactness))
+
+
+def _report(options: argparse.Namespace, outlook: PipelineOutlook) -> None:
     if options.save:
         options.save.write_text(yaml.safe_dump(outlook.plan.to_dict(), sort_keys=False, default_flow_style=None))
+    if options.plot:
+        draw_outlook(options.plot, outlook)
     sys.stdout.write((json.dumps(outlook.to_dict(), indent=1) if options.json else str(outlook)) + "\n")
 
 

@@ -16,12 +16,14 @@ from lightning_pipebd.commands.text import format_columns
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.selection import select_candidates
 from lightning_pipebd.preflight import require_module
+from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
 Rate the candidates of every place of a trained student on validation data: each candidate's loss against the teacher's
-block, and its parameters. Chooses the candidates whose losses have the smallest sum, within --max-parameters.
+block, and its parameters. Chooses the candidates whose losses have the smallest sum, within --max-parameters. A whole
+student (TeacherStudentModule) has no candidates.
 
 exit codes: 0 rated, 1 nothing to rate, or the candidates are too large
 """
@@ -63,6 +65,12 @@ def run(arguments: Sequence[str]) -> int:
 
 def _rate(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, int]]:
     cli = load_configuration(options.config, options.others)
+    if isinstance(cli.model, TeacherStudentModule):
+        raise ValueError(
+            "`rate` must have candidates to choose from, but a whole student has none: its blocks have one loss "
+            "together, so no block can be rated by itself. Compare students by what `validation_step` logs "
+            "(`pipebd validate`), or make a BlockwiseDistillationModule with a `Candidates` module at a place."
+        )
     module = require_module(cli.model)
     if not any(module.block_pairs.candidates):
         raise ValueError(

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_options
+from lightning_pipebd.commands.pipeline_answer import foresee_pipeline
 from lightning_pipebd.cost_tables import load_measurement
 from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.measurement import Measurement
@@ -20,8 +21,9 @@ from lightning_pipebd.plans import load_plan
 __all__ = ["make_parser", "run"]
 
 _DESCRIPTION = """\
-Predict the step time, the use of every rank and its memory, from costs that `pipebd plan --save-costs` has written.
-With --plan for that plan, otherwise for the best one. Costs are a YAML file: edit it, and ask what would be.
+Predict the step time, the use of every rank and its memory, from costs that `pipebd plan --save-costs` has written, of
+blocks that learn by themselves or of a whole student. With --plan for that plan, otherwise for the best one. Costs are
+a YAML file: edit it, and ask what would be.
 
 exit codes: 0 simulated, 1 the plan does not fit, or a file cannot be read, 2 a wrong option
 """
@@ -30,6 +32,7 @@ examples:
   pipebd simulate --costs costs.yaml --devices 8
   pipebd simulate --costs costs.yaml --devices 4 --plan "0-1|2|3|4" --plot timeline.svg
   pipebd simulate --costs costs.yaml --devices 8 --ranks-per-node 4 --node-link-bytes-per-ms 1e6 --memory 16GiB
+  pipebd simulate --costs student.yaml --devices 2 --plan "0-3|4-7 / 0|1-2" --num-micro-batches 8 --schedule gpipe
 """
 
 
@@ -53,15 +56,19 @@ def run(arguments: Sequence[str]) -> int:
     """Run the command; give its exit code."""
     options = make_parser().parse_args(list(arguments))
     try:
-        report(options, _foresee(options))
+        measurement = load_measurement(options.costs)
+        if isinstance(measurement, PipelineMeasurement):
+            foresee_pipeline(options, measurement)
+        else:
+            report(options, _foresee(options, measurement))
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"{error}\n")
         return 1
     return 0
 
 
-def _foresee(options: argparse.Namespace) -> Outlook:
-    measurement = with_options(_load_blocks(options.costs), options, num_rows=options.rows)
+def _foresee(options: argparse.Namespace, measurement: Measurement) -> Outlook:
+    measurement = with_options(measurement, options, num_rows=options.rows)
     cluster = make_cluster(options, measurement.costs.devices[0].device_class)
     if options.plan is None:
         return Outlook.find(measurement, cluster, exactness=options.exactness, max_in_flight=options.max_in_flight)
@@ -82,13 +89,3 @@ def _read_plan(text: str, num_blocks: int, num_ranks: int) -> Plan:
     if text == "joint":
         return Plan.joint(num_blocks, num_ranks)
     return load_plan(text) if text.endswith((".yaml", ".yml")) else parse_plan(text, num_blocks=num_blocks)
-
-
-def _load_blocks(path: str) -> Measurement:
-    measurement = load_measurement(path)
-    if isinstance(measurement, PipelineMeasurement):
-        raise ValueError(
-            f"`--costs` must be of blocks that learn by themselves, but {path} is of a whole student. "
-            "`pipebd plan` finds plans for it."
-        )
-    return measurement

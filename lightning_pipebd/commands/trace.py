@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_pipebd.commands.short_fit import FitError, add_fit_options, pipebd_arguments, short_fit
 from lightning_pipebd.commands.text import format_columns
-from lightning_pipebd.trace_summary import KINDS, summarise
+from lightning_pipebd.trace_summary import kinds_of, summarise
 
 __all__ = ["make_parser", "run"]
 
@@ -73,10 +73,11 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _describe(summary: dict[str, Any], options: argparse.Namespace) -> str:
-    rows = [["ms per step", *(kind.lower() for kind in KINDS), "other", "busy"]]
+    kinds = [kind.lower() for kind in kinds_of(summary)]
+    rows = [["ms per step", *kinds, "other", "busy"]]
     step_ms = summary["step_time_ms"]
     for found in summary["ranks"]:
-        times = [found[kind.lower()] for kind in KINDS]
+        times = [found[kind] for kind in kinds]
         cells = [f"{time:.2f}" for time in (*times, max(0.0, step_ms - sum(times)))]
         rows.append([f"rank {found['rank']}", *cells, f"{found['utilisation']:.0%}"])
     lines = [

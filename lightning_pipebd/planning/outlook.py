@@ -15,6 +15,7 @@ from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.planner import PlanChoice
 from lightning_pipebd.planning.quantities import format_bytes
+from lightning_pipebd.planning.simulate import Simulation, simulate
 from lightning_pipebd.planning.table import align_columns
 
 __all__ = ["Outlook", "check_exactness"]
@@ -100,6 +101,18 @@ class Outlook:
             num_rows=self.measurement.num_rows,
             target_blocks=self.measurement.target_blocks,
             max_in_flight=self.max_in_flight,
+        )
+
+    def simulate(self, num_steps: int) -> Simulation:
+        """Run some steps on a clock, at least 2, with the timeline of every rank."""
+        return simulate(
+            self.plan,
+            self.measurement.costs,
+            self.cluster,
+            num_rows=self.measurement.num_rows,
+            num_steps=num_steps,
+            max_in_flight=self.max_in_flight,
+            target_blocks=self.measurement.target_blocks,
         )
 
     def check_memory(self) -> None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan, Stage
 from lightning_pipebd.planning.pipeline_schedule import Schedule
+from lightning_pipebd.planning.plan import PlanError
 
-__all__ = ["explain_pipeline", "pipeline_exactness"]
+__all__ = ["check_pipeline_exactness", "describe_exactness", "explain_pipeline", "pipeline_exactness"]
 
 
 def pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[int]) -> Exactness:
@@ -25,6 +26,36 @@ def pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[int]) ->
     if num_micro_batches == 1:
         return Exactness.BITWISE
     return Exactness.STATISTICS if coupled_blocks else Exactness.SUMMATION
+
+
+def check_pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[int], level: Exactness) -> None:
+    """Raise if batches are cut more finely than a class of exactness allows.
+
+    Raises:
+        PlanError: They are.
+    """
+    found, order = pipeline_exactness(num_micro_batches, coupled_blocks), list(Exactness)
+    if order.index(found) > order.index(level):
+        raise PlanError(
+            f"`num_micro_batches` must keep the student {level}, because `exactness` says so, but "
+            f"{num_micro_batches} micro-batches make it {found}. Leave one of both out."
+        )
+
+
+def describe_exactness(num_micro_batches: int, coupled_blocks: Sequence[int]) -> str:
+    """Name the class of exactness, and say why it is that.
+
+    Example:
+        >>> describe_exactness(1, [0])
+        'bitwise (batches are not cut)'
+    """
+    reasons = {
+        Exactness.BITWISE: "batches are not cut",
+        Exactness.SUMMATION: "micro-batches are added up one after another",
+        Exactness.STATISTICS: f"student blocks {', '.join(map(str, coupled_blocks))} see micro-batches, not batches",
+    }
+    exactness = pipeline_exactness(num_micro_batches, coupled_blocks)
+    return f"{exactness} ({reasons[exactness]})"
 
 
 def explain_pipeline(
@@ -53,12 +84,6 @@ def explain_pipeline(
         teacher: works on the next batch while a rank would wait
         exactness: summation (micro-batches are added up one after another)
     """
-    reasons = {
-        Exactness.BITWISE: "batches are not cut",
-        Exactness.SUMMATION: "micro-batches are added up one after another",
-        Exactness.STATISTICS: f"student blocks {', '.join(map(str, coupled_blocks))} see micro-batches, not batches",
-    }
-    exactness = pipeline_exactness(num_micro_batches, coupled_blocks)
     number = f"{num_micro_batches} micro-batches" if num_micro_batches > 1 else "whole batches"
     ahead = "the next batch while a rank would wait" if looks_ahead else "the batch that is trained on"
     return "\n".join(
@@ -66,7 +91,7 @@ def explain_pipeline(
             f"plan: {plan} ({plan.num_ranks} ranks, {number}, {schedule})",
             *(f"rank {rank}: {_duties(plan, rank)}" for rank in range(plan.num_ranks)),
             f"teacher: works on {ahead}",
-            f"exactness: {exactness} ({reasons[exactness]})",
+            f"exactness: {describe_exactness(num_micro_batches, coupled_blocks)}",
         ]
     )
 

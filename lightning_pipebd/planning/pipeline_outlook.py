@@ -14,6 +14,7 @@ from lightning_pipebd.planning.pipeline_judge import PipelineCandidate, Pipeline
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_planner import PipelineChoice, find_pipeline, micro_batch_counts
 from lightning_pipebd.planning.pipeline_schedule import Durations, Schedule
+from lightning_pipebd.planning.pipeline_simulate import PipelineCosts, PipelineSimulation, simulate_pipeline
 from lightning_pipebd.planning.plan import PlanError
 from lightning_pipebd.planning.quantities import format_bytes
 from lightning_pipebd.planning.table import align_columns
@@ -32,6 +33,8 @@ class PipelineOutlook:
         splits_backward: Whether gradients of weights may wait.
         max_in_flight: Steps by which a rank may run ahead.
         choice: The planner's choice; `None` for a plan that was given.
+        numbers: The numbers of micro-batches that the planner could choose from.
+        schedules: The schedules that it could choose from.
     """
 
     candidate: PipelineCandidate
@@ -40,6 +43,8 @@ class PipelineOutlook:
     splits_backward: bool = False
     max_in_flight: int = 2
     choice: PipelineChoice | None = None
+    numbers: tuple[int, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
 
     @classmethod
     def find(
@@ -75,15 +80,32 @@ class PipelineOutlook:
             numbers = micro_batch_counts(measurement.num_rows, cluster.num_ranks)
         schedules = tuple(Schedule) if schedule is None else (Schedule(schedule),)
         judge = PipelineJudge(measurement, cluster, splits_backward, max_in_flight)
+        return cls._search(judge, numbers, schedules)
+
+    @classmethod
+    def _search(
+        cls, judge: PipelineJudge, numbers: tuple[int, ...], schedules: tuple[Schedule, ...]
+    ) -> PipelineOutlook:
         choice = find_pipeline(judge, numbers=numbers, schedules=schedules)
         return cls(
             candidate=choice.best.candidate,
-            measurement=measurement,
-            cluster=cluster,
-            splits_backward=splits_backward,
-            max_in_flight=max_in_flight,
+            measurement=judge.measurement,
+            cluster=judge.cluster,
+            splits_backward=judge.splits_backward,
+            max_in_flight=judge.max_in_flight,
             choice=choice,
+            numbers=numbers,
+            schedules=schedules,
         )
+
+    def found_anew(self, measurement: PipelineMeasurement) -> PipelineOutlook:
+        """Find the best way for other costs of the same blocks, among what could be chosen before.
+
+        Raises:
+            PlanError: Nothing fits the memory.
+        """
+        judge = PipelineJudge(measurement, self.cluster, self.splits_backward, self.max_in_flight)
+        return self._search(judge, self.numbers, self.schedules)
 
     @property
     def plan(self) -> PipelinePlan:
@@ -116,8 +138,23 @@ class PipelineOutlook:
         return self._judge.durations(self.candidate.num_micro_batches)
 
     @property
+    def costs(self) -> PipelineCosts:
+        """What a whole batch takes, cut as it will be."""
+        return self._judge.costs(self.candidate.num_micro_batches)
+
+    @property
     def _judge(self) -> PipelineJudge:
         return PipelineJudge(self.measurement, self.cluster, self.splits_backward, self.max_in_flight)
+
+    def simulate(self, num_steps: int) -> PipelineSimulation:
+        """Run some steps on a clock, at least 2, with the timeline of every rank."""
+        return simulate_pipeline(
+            self._judge.programs(self.candidate),
+            self.costs,
+            num_steps=num_steps,
+            max_in_flight=self.max_in_flight,
+            with_timeline=True,
+        )
 
     def check_memory(self) -> None:
         """Raise if the plan does not fit.

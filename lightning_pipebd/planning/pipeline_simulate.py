@@ -13,7 +13,7 @@ from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
 from lightning_pipebd.planning.pipeline_schedule import Phase, Task
 from lightning_pipebd.planning.plan import Rows
-from lightning_pipebd.planning.simulate import steady_step_ms
+from lightning_pipebd.planning.simulate import TimelineSpan, make_timeline, steady_step_ms
 
 __all__ = ["PipelineCosts", "PipelineSimulation", "half_batch_programs", "simulate_pipeline"]
 
@@ -81,11 +81,13 @@ class PipelineSimulation:
         step_time_ms: Time of a step in the steady state.
         busy_ms: For every rank the time per step for which it computes.
         max_micro_batches: For every rank, how many of its blocks' micro-batches wait for their backward at once.
+        timeline: Every action of every step, rank by rank; empty unless it was asked for.
     """
 
     step_time_ms: float
     busy_ms: tuple[float, ...]
     max_micro_batches: tuple[int, ...]
+    timeline: tuple[TimelineSpan, ...] = ()
 
     @property
     def utilisation(self) -> float:
@@ -94,7 +96,12 @@ class PipelineSimulation:
 
 
 def simulate_pipeline(
-    programs: Sequence[PipelineProgram], costs: PipelineCosts, *, num_steps: int = 24, max_in_flight: int = 2
+    programs: Sequence[PipelineProgram],
+    costs: PipelineCosts,
+    *,
+    num_steps: int = 24,
+    max_in_flight: int = 2,
+    with_timeline: bool = False,
 ) -> PipelineSimulation:
     """Run the same lawful programs step after step on a clock.
 
@@ -103,6 +110,7 @@ def simulate_pipeline(
         costs: What actions take.
         num_steps: Steps to simulate, at least 2.
         max_in_flight: Steps by which a rank may run ahead.
+        with_timeline: Whether to note when each action ran.
 
     Example:
         >>> plan = PipelinePlan.parse("0")
@@ -112,11 +120,12 @@ def simulate_pipeline(
         4.0
     """
     timetable = _make_timetable(programs, costs)
-    recording = run_timetable(timetable, num_steps, max_in_flight)
+    recording = run_timetable(timetable, num_steps, max_in_flight, with_spans=with_timeline)
     return PipelineSimulation(
         step_time_ms=steady_step_ms(recording),
         busy_ms=tuple(timetable.busy_ms(program.rank) for program in programs),
         max_micro_batches=tuple(map(_max_micro_batches, programs)),
+        timeline=make_timeline(programs, recording) if with_timeline else (),
     )
 
 

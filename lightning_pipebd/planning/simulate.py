@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +13,19 @@ from lightning_pipebd.planning.curve import CostError
 from lightning_pipebd.planning.event_loop import Recording, run_timetable
 from lightning_pipebd.planning.memory import MemoryUse, rank_memory
 from lightning_pipebd.planning.operations import make_timetable
+from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineProgram
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.program import Action, Program
 
-__all__ = ["Simulation", "TimelineSpan", "check_fit", "check_max_in_flight", "simulate", "steady_step_ms"]
+__all__ = [
+    "Simulation",
+    "TimelineSpan",
+    "check_fit",
+    "check_max_in_flight",
+    "make_timeline",
+    "simulate",
+    "steady_step_ms",
+]
 
 
 class TimelineSpan(NamedTuple):
@@ -34,7 +43,7 @@ class TimelineSpan(NamedTuple):
 
     rank: int
     step: int
-    action: Action
+    action: Action | PipelineAction
     start_ms: float
     stop_ms: float
     wait_ms: float
@@ -132,7 +141,7 @@ def simulate(
         busy_ms=tuple(map(timetable.busy_ms, range(plan.num_ranks))),
         memory=tuple(rank_memory(plan, program, costs, **options) for program in programs),
         traffic_bytes={(channel.sender, channel.receiver): channel.num_bytes for channel in timetable.channels},
-        timeline=_timeline(programs, recording),
+        timeline=make_timeline(programs, recording),
     )
 
 
@@ -175,10 +184,18 @@ def check_max_in_flight(max_in_flight: int) -> None:
         raise ValueError(f"`max_in_flight` must be at least 1, but is {max_in_flight}. A rank must be able to send.")
 
 
-def _timeline(programs: Sequence[Program], recording: Recording) -> tuple[TimelineSpan, ...]:
+def make_timeline(programs: Sequence[Program | PipelineProgram], recording: Recording) -> tuple[TimelineSpan, ...]:
+    """Give every action of every step of a recording with spans, rank by rank."""
     return tuple(
-        TimelineSpan(program.rank, step, action, start, stop, wait)
+        span
         for program, steps in zip(programs, recording.spans, strict=True)
-        for step, spans in enumerate(steps)
-        for action, (start, wait, stop) in zip(program.actions, spans, strict=True)
+        for span in _rank_timeline(program.rank, program.actions, steps)
     )
+
+
+def _rank_timeline(
+    rank: int, actions: Sequence[Action | PipelineAction], steps: Sequence[Sequence[tuple[float, float, float]]]
+) -> Iterator[TimelineSpan]:
+    for step, spans in enumerate(steps):
+        for action, (start, wait, stop) in zip(actions, spans, strict=True):
+            yield TimelineSpan(rank, step, action, start, stop, wait)

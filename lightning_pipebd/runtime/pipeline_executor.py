@@ -23,7 +23,14 @@ from torch.utils import _pytree as pytree
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.relay import Relay, RelayError
-from lightning_pipebd.runtime.row_trees import RowTree, join_rows, leading_row_leaves, take_rows
+from lightning_pipebd.runtime.row_trees import (
+    RowTree,
+    join_rows,
+    leading_row_leaves,
+    take_rows,
+    tree_bytes,
+    tree_leaves,
+)
 from lightning_pipebd.runtime.transport import TransportError
 
 __all__ = ["PipelineExecutor", "PipelineJobs", "PipelineSpan"]
@@ -60,11 +67,12 @@ class PipelineJobs(Protocol):
 
 
 class PipelineSpan(NamedTuple):
-    """When an action ran, in seconds of :func:`time.perf_counter`; that of a RECV is waiting."""
+    """When an action ran, in seconds of :func:`time.perf_counter`; that of a RECV is waiting. SEND knows its bytes."""
 
     action: PipelineAction
     start_s: float
     stop_s: float
+    num_bytes: int = 0
 
 
 class PipelineExecutor:
@@ -90,7 +98,7 @@ class PipelineExecutor:
         self._jobs = jobs
         self._relay = relay
         self._outputs = (Stream.BOUNDARY, num_teacher_blocks), (Stream.HIDDEN, num_student_blocks)
-        self._observer = observer
+        self.observer = observer
         self._ahead: list[RowTree] = []
         self.current: tuple[PipelineProgram, int] | None = None  # what a failure report points at
         self.num_done = 0
@@ -149,21 +157,23 @@ class PipelineExecutor:
         self.current = (program, place)
         start = time.perf_counter()
         try:
-            self._do(action, state)
+            sent = self._do(action, state)
         except (RelayError, TransportError) as error:
             where = f"rank {program.rank}, step {state.step}, action {place + 1} of {len(program.actions)} ({action})"
             raise RelayError(f"{where}: {error}") from error
         self.current = None
         self.num_done += 1
-        if self._observer is not None:
-            self._observer(PipelineSpan(action, start, time.perf_counter()))
+        if self.observer is not None:
+            stop = time.perf_counter()
+            self.observer(PipelineSpan(action, start, stop, 0 if sent is None else tree_bytes(sent.tree)))
 
-    def _do(self, action: PipelineAction, state: _State) -> None:
+    def _do(self, action: PipelineAction, state: _State) -> RowTree | None:
+        """Do an action; give what it sent."""
         kind = action.kind
         if kind is PipelineKind.RECV:
             self._recv(action, state)
         elif kind is PipelineKind.SEND:
-            self._send(action, state)
+            return self._send(action, state)
         elif kind is PipelineKind.TEACH:
             self._teach(action, state)
         elif kind is PipelineKind.FORWARD:
@@ -177,8 +187,9 @@ class PipelineExecutor:
             self._backward(action, state)
         elif kind is PipelineKind.EMA:
             self._jobs.follow(action.index)
+        return None
 
-    def _send(self, action: PipelineAction, state: _State) -> None:
+    def _send(self, action: PipelineAction, state: _State) -> RowTree:
         if action.stream is Stream.WEIGHTS:
             # Copies: the next optimizer step must not change what is still on its way.
             piece = RowTree(action.rows, [tensor.detach().clone() for tensor in self._jobs.weights(action.index)])
@@ -186,10 +197,10 @@ class PipelineExecutor:
             piece = RowTree(action.rows, state.gradients.pop((action.index, action.rows)))
         else:
             found = state.take(action)
-            leaves = pytree.tree_leaves(found.tree)
-            wants_gradient = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+            wants_gradient = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(found.tree)]
             piece = RowTree(action.rows, (found.tree, wants_gradient))
         self._relay.send(state.step, _wire_number(action), piece, action.peer)
+        return piece
 
     def _recv(self, action: PipelineAction, state: _State) -> None:
         tree = self._relay.recv(state.step, _wire_number(action), action.rows, action.peer).tree
@@ -201,7 +212,7 @@ class PipelineExecutor:
             state.gradients[action.index, action.rows] = tree
         else:
             content, wants_gradient = tree
-            for leaf, wanted in zip(pytree.tree_leaves(content), wants_gradient, strict=True):
+            for leaf, wanted in zip(tree_leaves(content), wants_gradient, strict=True):
                 if wanted:
                     leaf.requires_grad_()
             state.put(action.stream, action.index, RowTree(action.rows, content), action.is_next)
@@ -216,7 +227,7 @@ class PipelineExecutor:
     def _forward(self, action: PipelineAction, state: _State) -> None:
         boundary, leaves = _begin_graph(state.take(action._replace(stream=Stream.HIDDEN)).tree)
         output = self._jobs.forward(action.index, boundary, action.rows)
-        state.graphs[action.index, action.rows] = _Graph(leaves, pytree.tree_leaves(output))
+        state.graphs[action.index, action.rows] = _Graph(leaves, tree_leaves(output))
         state.put(Stream.HIDDEN, action.index + 1, RowTree(action.rows, output))
 
     def _loss(self, action: PipelineAction, state: _State) -> None:
@@ -321,6 +332,9 @@ def _follows_update(action: PipelineAction) -> bool:
 
 def _begin_graph(tree: Any) -> tuple[Any, list[Any]]:
     """Make leaves of a tree's tensors, which want a gradient where the originals do."""
+    if isinstance(tree, Tensor):
+        leaf = tree.detach().requires_grad_(tree.requires_grad)
+        return leaf, [leaf]
     leaves, form = pytree.tree_flatten(tree)
     leaves = [leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return pytree.tree_unflatten(leaves, form), leaves

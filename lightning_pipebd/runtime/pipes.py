@@ -63,6 +63,17 @@ class PipeReader:
         self._poll = select.poll()
         self._poll.register(self._file, select.POLLIN)
 
+    def read_some(self, most: int) -> bytes:
+        """Wait for a byte, and give what is there, up to some number of bytes.
+
+        Raises:
+            ConnectionError: The writer has ended.
+        """
+        part = os.read(self._file, most)
+        if not part:
+            raise ConnectionResetError(_GONE)
+        return part
+
     def read(self, num_bytes: int, timeout_s: float | None = None) -> bytes:
         """Wait for this number of bytes.
 
@@ -74,9 +85,7 @@ class PipeReader:
         while num_bytes:
             if timeout_s is not None and not self._poll.poll(timeout_s * 1000):
                 raise TimeoutError(f"nothing came for {timeout_s:g} s")
-            part = os.read(self._file, num_bytes)
-            if not part:
-                raise ConnectionResetError(_GONE)
+            part = self.read_some(num_bytes)
             parts.append(part)
             num_bytes -= len(part)
         return b"".join(parts)

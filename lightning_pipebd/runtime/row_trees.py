@@ -25,6 +25,7 @@ __all__ = [
     "leading_row_leaves",
     "take_rows",
     "tree_bytes",
+    "tree_leaves",
 ]
 
 
@@ -68,7 +69,8 @@ def count_rows(tree: Any) -> int:
 
 def leading_row_leaves(tree: Any, num_rows: int) -> tuple[bool, ...]:
     """Tell which leaves of a collated batch have one entry per row: tensors whose first dimension has that length."""
-    return tuple(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_rows for leaf in _leaves(tree))
+    leaves = tree_leaves(tree)
+    return tuple(isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == num_rows for leaf in leaves)
 
 
 def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int, *, subject: str) -> tuple[bool, ...]:
@@ -91,7 +93,7 @@ def find_row_leaves(output: Any, num_rows: int, probe: Any, num_probe_rows: int,
         (True, False)
     """
     flags = []
-    for whole, part in zip(_leaves(output), _leaves(probe), strict=True):
+    for whole, part in zip(tree_leaves(output), tree_leaves(probe), strict=True):
         if not isinstance(whole, Tensor):
             _check_constant(whole, part, num_rows, num_probe_rows, subject)
             flags.append(False)
@@ -151,7 +153,7 @@ def join_rows(pieces: Sequence[RowTree], rows: Rows) -> RowTree:
     if len(taken) == 1:
         return taken[0]
     flags = _known(taken[0])
-    leaves = zip(*(_leaves(piece.tree) for piece in taken), strict=True)
+    leaves = zip(*(tree_leaves(piece.tree) for piece in taken), strict=True)
     joined = [torch.cat(parts) if flag else parts[0] for flag, parts in zip(flags, leaves, strict=True)]
     return RowTree(rows, pytree.tree_unflatten(joined, pytree.tree_structure(taken[0].tree)), flags)
 
@@ -170,11 +172,14 @@ def _known(piece: RowTree) -> tuple[bool, ...]:
     return piece.row_leaves
 
 
-def _leaves(tree: Any) -> list[Any]:
-    return pytree.tree_leaves(tree)
+def tree_leaves(tree: Any) -> list[Any]:
+    """Give the leaves of a tree; mostly it is a tensor."""
+    return [tree] if isinstance(tree, Tensor) else pytree.tree_leaves(tree)
 
 
 def _map_rows(tree: Any, flags: tuple[bool, ...], function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree) if flags[0] else tree
     leaves, spec = pytree.tree_flatten(tree)
     return pytree.tree_unflatten(
         [function(leaf) if flag else leaf for flag, leaf in zip(flags, leaves, strict=True)], spec
@@ -189,4 +194,4 @@ def divide_rows(tree: Any, num_rows: int, row_counts: Sequence[int]) -> dict[int
 
 def tree_bytes(tree: Any) -> int:
     """Give the bytes of all tensors of a tree."""
-    return sum(leaf.nbytes for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

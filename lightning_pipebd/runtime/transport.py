@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from enum import IntEnum
 from functools import partial
@@ -18,10 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from lightning_pipebd.runtime.layouts import LayoutBook, TensorLayout, describe, flatten
+from lightning_pipebd.runtime.layouts import LayoutBook, TensorLayout, describe, flatten, flatten_tree, restore_tree
 from lightning_pipebd.runtime.neighbours import NUM_HEADER, Neighbours
 
 __all__ = ["Lane", "Message", "Pending", "ProcessGroupTransport", "Transport", "TransportError"]
@@ -108,7 +106,7 @@ class _Works:
 
     def wait(self) -> None:
         try:
-            with _reported(self._subject):
+            with _Reported(self._subject):
                 for work in self._works:
                     work.wait()
         finally:
@@ -125,17 +123,24 @@ class _Later:
     def wait(self) -> None:
         finish, self._finish = self._finish, None
         if finish is not None:
-            with _reported(self._subject):
+            with _Reported(self._subject):
                 finish()
 
 
-@contextmanager
-def _reported(subject: str) -> Iterator[None]:
-    # torch raises plain errors, when an operation begins as well as while it is waited for.
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        raise TransportError(f"{subject} failed: {error}") from error
+class _Reported:
+    """Turns torch's plain errors, when an operation begins as well as while it is waited for, into ours."""
+
+    __slots__ = ("_subject",)
+
+    def __init__(self, subject: str) -> None:
+        self._subject = subject
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, (RuntimeError, OSError)):
+            raise TransportError(f"{self._subject} failed: {error}") from error
 
 
 class ProcessGroupTransport(Transport):
@@ -198,27 +203,30 @@ class ProcessGroupTransport(Transport):
 
     @override
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:
-        leaves, spec = pytree.tree_flatten(message.tree)
+        leaves, structure, is_plain = flatten_tree(message.tree)
         described = [describe(leaf) if isinstance(leaf, Tensor) else (None, leaf) for leaf in leaves]
         flats = [flatten(dense) for dense, _ in described if dense is not None and dense.numel()]
-        layout = pickle.dumps((spec, [layout for _, layout in described]))
-        number, is_new = self._sent.setdefault((peer, lane), LayoutBook()).number(layout)
+        layouts = [layout for _, layout in described]
+        # Most messages are like one before. True is equal to 1, but is not it.
+        key = (structure, *layouts, *map(type, layouts)) if is_plain else pickle.dumps((structure, layouts))
+        number, is_new = self._sent.setdefault((peer, lane), LayoutBook()).number(key)
+        layout = pickle.dumps((structure, layouts)) if is_new else b""
         slot, slot_bytes = _NO_SLOT, 0
         link = self._neighbours.senders.get(peer) if lane is Lane.RELAY else None
         if link is not None and flats:
             slot, slot_bytes = link.place(flats)
-        header = [*message.fields, number, len(layout) if is_new else 0, slot, slot_bytes]
+        header = [*message.fields, number, len(layout), slot, slot_bytes]
         if link is not None:
             subject = f"sending from rank {self.rank} to rank {peer}"
-            with _reported(subject):
-                return _Later(partial(link.wait, link.send(header, layout if is_new else b"")), subject)
-        blob = [torch.frombuffer(bytearray(layout), dtype=torch.uint8)] if is_new else []
+            with _Reported(subject):
+                return _Later(partial(link.wait, link.send(header, layout)), subject)
+        blob = [torch.frombuffer(bytearray(layout), dtype=torch.uint8)] if layout else []
         return self._send_tensors([torch.tensor(header, dtype=torch.int64), *blob, *flats], peer, lane)
 
     def _send_tensors(self, tensors: list[Tensor], peer: int, lane: Lane) -> Pending:
         subject = f"sending from rank {self.rank} to rank {peer}"
         works = []
-        with _reported(subject):
+        with _Reported(subject):
             for index, tensor in enumerate(tensors):
                 edge = self._edges.get((self.rank, peer)) if tensor.is_cuda and lane is Lane.RELAY else None
                 if edge is None:
@@ -230,7 +238,7 @@ class ProcessGroupTransport(Transport):
 
     @override
     def recv(self, peer: int, lane: Lane) -> Message:
-        with _reported(f"receiving on rank {self.rank} from rank {peer}"):
+        with _Reported(f"receiving on rank {self.rank} from rank {peer}"):
             return self._recv(peer, lane)
 
     def _recv(self, peer: int, lane: Lane) -> Message:
@@ -245,14 +253,14 @@ class ProcessGroupTransport(Transport):
         book = self._received.setdefault((peer, lane), LayoutBook())
         if blob:
             book.add(number, pickle.loads(blob))
-        spec, leaves = book.layout(number)
+        structure, leaves = book.layout(number)
         if link is None or slot == _NO_SLOT:
             received = [self._recv_leaf(leaf, peer, lane) for leaf in leaves]
         else:
             received = self._read_slot(leaves, partial(link.tensors, slot, slot_bytes))
         if link is not None:
             link.acknowledge()
-        return Message((step, index, start, stop), pytree.tree_unflatten(received, spec))
+        return Message((step, index, start, stop), restore_tree(structure, received))
 
     def _read_slot(self, leaves: list[Any], read: Callable[[list[TensorLayout]], list[Tensor]]) -> list[Any]:
         def has_values(leaf: Any) -> bool:
@@ -302,7 +310,7 @@ class ProcessGroupTransport(Transport):
         subject = f"reducing over ranks {ranks}"
         tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
         summation = self._neighbours.summations.get(ranks)
-        with _reported(subject):
+        with _Reported(subject):
             if not tensors:
                 return _Later(_done, subject)
             if summation is not None:
@@ -318,7 +326,7 @@ class ProcessGroupTransport(Transport):
     @override
     def broadcast(self, tensor: Tensor, source: int) -> None:
         host = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-        with _reported(f"broadcasting from rank {source}"):
+        with _Reported(f"broadcasting from rank {source}"):
             # As bytes: gloo has collectives for few element types.
             dist.broadcast(host.reshape(-1).view(torch.uint8), source, group=self._control)
         if self.rank != source and host.data_ptr() != tensor.data_ptr():
@@ -327,7 +335,7 @@ class ProcessGroupTransport(Transport):
     @override
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.num_ranks
-        with _reported(f"gathering on rank {self.rank}"):
+        with _Reported(f"gathering on rank {self.rank}"):
             dist.all_gather_object(values, value, group=self._control)
         return values
 

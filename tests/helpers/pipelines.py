@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_pipebd.planning.pipeline_program import PipelineKind, Stream
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from lightning_pipebd.runtime.momentum import MomentumBlock, MomentumTeacher
-from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
+from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor, PipelineSpan
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree, leading_row_leaves
 from tests.helpers.ranks import run_threads
@@ -87,11 +88,17 @@ def train_in_turn(task: Task) -> Trained:
 
 
 def train_in_threads(
-    task: Task, plan: PipelinePlan, step: PipelineStep, *, looks_ahead: bool = True, timeout: float = 30.0
+    task: Task,
+    plan: PipelinePlan,
+    step: PipelineStep,
+    *,
+    looks_ahead: bool = True,
+    timeout: float = 30.0,
+    observer: Callable[[int, PipelineSpan], None] | None = None,
 ) -> Trained:
     """Train on threads as ranks; rows, updates and who teaches when are filled into ``step``."""
     world = LocalWorld(plan.num_ranks)
-    results = run_threads(plan.num_ranks, _train_rank, world, task, plan, step, looks_ahead, timeout=timeout)
+    results = run_threads(plan.num_ranks, _train_rank, world, task, plan, step, looks_ahead, observer, timeout=timeout)
     return Trained(
         student=[results[rank].student[block] for block, rank in enumerate(plan.student)],
         teacher=[results[rank].teacher[block] for block, rank in enumerate(plan.teacher)],
@@ -100,10 +107,18 @@ def train_in_threads(
 
 
 def _train_rank(
-    rank: int, world: LocalWorld, task: Task, plan: PipelinePlan, template: PipelineStep, looks_ahead: bool
+    rank: int,
+    world: LocalWorld,
+    task: Task,
+    plan: PipelinePlan,
+    template: PipelineStep,
+    looks_ahead: bool,
+    observer: Callable[[int, PipelineSpan], None] | None,
 ) -> Trained:
     try:
-        return _Rank(rank, world, task, plan, template).train(looks_ahead=looks_ahead)
+        mine = _Rank(rank, world, task, plan, template)
+        mine.executor.observer = None if observer is None else partial(observer, rank)
+        return mine.train(looks_ahead=looks_ahead)
     except BaseException:
         world.end(rank)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_pipebd.planning.pipeline_compiler import PipelineStep
+from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
+from lightning_pipebd.planning.pipeline_program import PipelineKind, Stream
 from lightning_pipebd.planning.pipeline_schedule import Schedule
+from lightning_pipebd.runtime.pipeline_executor import PipelineSpan
 from tests.helpers.pipelines import Task, Trained, train_in_threads, train_in_turn
 from tests.helpers.ranks import RankError
 from tests.helpers.training import max_difference
@@ -129,6 +132,23 @@ def test_whole_batches_give_the_bits_of_one_process(plan: str) -> None:
     found, expected = train_in_threads(task, PipelinePlan.parse(plan), step(1)), train_in_turn(task)
     assert found.losses == expected.losses
     assert max_difference(found.student, expected.student) == 0
+
+
+def test_every_action_is_told_in_order_and_a_message_with_its_bytes() -> None:
+    task, plan, told = frozen(batches=batches(8, 8)), PipelinePlan.parse("0-1|2 / 0-1|2-3"), defaultdict(list)
+
+    def tell(rank: int, span: PipelineSpan) -> None:
+        told[rank].append(span)
+
+    train_in_threads(task, plan, step(2, splits_backward=True), looks_ahead=False, observer=tell)
+    every = PipelineStep(num_rows=8, num_micro_batches=2, has_targets=True, splits_backward=True)
+    for rank, program in enumerate(compile_pipeline(plan, every)):
+        assert [span.action for span in told[rank]] == [*program.actions] * 2
+        times = [time for span in told[rank] for time in (span.start_s, span.stop_s)]
+        assert times == sorted(times)
+    sizes = {(span.action.stream, span.num_bytes) for span in told[0] if span.action.kind is PipelineKind.SEND}
+    assert sizes == {(Stream.BOUNDARY, 4 * WIDTH * 8), (Stream.HIDDEN, 4 * WIDTH * 8), (Stream.TARGETS, 4 * 8)}
+    assert {span.num_bytes for span in told[0] if span.action.kind is not PipelineKind.SEND} == {0}
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 2, 5, 8, 50])

@@ -28,6 +28,15 @@ class TestPipe:
         writer.write(b"defg")
         assert [reader.read(2), reader.read(4), reader.read(1), reader.read(0)] == [b"ab", b"cdef", b"g", b""]
 
+    def test_what_is_there_is_read_at_once(self) -> None:
+        writer, reader = make_pipe()
+        writer.write(b"abc")
+        assert [reader.read_some(2), reader.read_some(256)] == [b"ab", b"c"]
+        del writer
+        gc.collect()
+        with pytest.raises(ConnectionError, match="the other end has closed it"):
+            reader.read_some(1)
+
     def test_more_than_the_pipe_holds_is_written_while_it_is_read(self) -> None:
         writer, reader = make_pipe()
         data = bytes(range(256)) * 4096

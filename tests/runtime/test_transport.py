@@ -189,6 +189,17 @@ def send_in_memory_order(transport: Transport) -> tuple[int, ...] | None:
     return received.stride()
 
 
+EQUALS = [True, 1, 1.0, 0, False, 0.0, -0.0, None, "", "1", True]
+
+
+def send_equals(transport: Transport) -> list[str]:
+    """Values that are equal, in trees that are otherwise alike; some of them again and again."""
+    trees = [([value], (value,), {"x": value}) for value in [*EQUALS, *EQUALS]]
+    if transport.rank == 0:
+        wait_all([transport.send(Message((0, 0, 0, 0), tree), 1, Lane.RELAY) for tree in trees])
+    return [repr(transport.recv(0, Lane.RELAY).tree) for _ in trees] if transport.rank == 1 else []
+
+
 SCENARIOS: list[Scenario] = [
     send_in_order,
     receive_lanes_backwards,
@@ -202,6 +213,7 @@ SCENARIOS: list[Scenario] = [
     broadcast_into_view,
     gather_values,
     send_in_memory_order,
+    send_equals,
 ]
 
 
@@ -281,6 +293,9 @@ class TestTransport:
 
     def test_tensor_keeps_its_order_in_memory(self, seen: Seen) -> None:
         assert seen["send_in_memory_order"] == [None, (24, 1, 8, 2), None]
+
+    def test_values_that_are_equal_but_not_the_same_are_not_mixed_up(self, seen: Seen) -> None:
+        assert seen["send_equals"][1] == [repr(([value], (value,), {"x": value})) for value in [*EQUALS, *EQUALS]]
 
     def test_reduction_sums_over_its_ranks_only(self, seen: Seen) -> None:
         everyone = (torch.bfloat16, (3,), [6.0] * 3)
