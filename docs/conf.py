@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import OptionSpec
 
@@ -68,7 +70,21 @@ class Picture(SphinxDirective):
         return [figure, *messages]
 
 
+class NumbersStayOnOneLine(SphinxTransform):
+    """Mark the cells of tables that hold a number, with its unit or range, so that the style sheet does not break them."""
+
+    default_priority = 700
+    number = re.compile(r"[-+]?\d[\d.,e+-]*( ?(%|ms|us|s|GB/s|[KMG]iB))?( [+/(-].*)?")
+
+    def apply(self, **kwargs: object) -> None:
+        """Add the class `number` to such cells."""
+        for cell in self.document.findall(nodes.entry):
+            if self.number.fullmatch(cell.astext().strip()):
+                cell["classes"].append("number")
+
+
 def setup(app: Sphinx) -> None:
     """Draw the pictures before the pages that show them are read."""
     app.add_directive("picture", Picture)
+    app.add_transform(NumbersStayOnOneLine)
     figures.draw_all(HERE / "_figures")
