@@ -71,7 +71,7 @@ class Picture(SphinxDirective):
 
 
 class NumbersStayOnOneLine(SphinxTransform):
-    """Mark the cells of tables that hold a number, with its unit or range, so that the style sheet does not break them."""
+    """Mark cells of tables that hold a number, with its unit or range, so that the style sheet does not break them."""
 
     default_priority = 700
     number = re.compile(r"[-+]?\d[\d.,e+-]*( ?(%|ms|us|s|GB/s|[KMG]iB))?( [+/(-].*)?")
