@@ -79,6 +79,16 @@ def test_the_measured_picture_is_of_a_run_that_took_about_what_was_predicted(fig
     assert [sorted(set(line)) for line in labels] == [["S0", "S1", "S2", "S3", "T0", "T1", "T2", "T3"]] * 2
 
 
+def test_the_readme_s_ratios_are_those_of_the_benchmark() -> None:
+    report = (DOCS.parent / "benchmarks/baselines/README.md").read_text(encoding="utf-8").split("**vgg**")[1]
+    table = re.findall(r"^\| ([^|]+?)(?: \*)? \| [\d.]+ \([^|]+ \| (\d\.\d\d) \(", report, re.M)
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8").split("## Measured")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?!\*)([^|]+?) \| (\d.+) \|$", readme, re.M)
+    assert len(rows) == 5
+    for name, numbers in rows:
+        assert re.findall(r"[\d.]+", numbers) == [ratio for variant, ratio in table if variant == name]
+
+
 def test_block_after_block_teaches_ten_blocks_and_once_for_all_teaches_four(figures: ModuleType) -> None:
     separate, together = figures.redundancy(figures.THEMES["light"]).axes
     labels = [[text.get_text() for text in area.texts] for area in (separate, together)]
