@@ -30,6 +30,8 @@ myst_heading_anchors = 3
 highlight_language = "text"
 
 html_theme = "furo"
+# The theme's own underlines imported names as if they were links.
+pygments_dark_style = "monokai"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
