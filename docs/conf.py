@@ -9,6 +9,7 @@ from typing import ClassVar
 from docutils import nodes
 from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import OptionSpec
 
@@ -29,6 +30,8 @@ myst_heading_anchors = 3
 highlight_language = "text"
 
 html_theme = "furo"
+# The theme's own underlines imported names as if they were links.
+pygments_dark_style = "monokai"
 html_title = f"{project} {release}"
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
@@ -68,7 +71,22 @@ class Picture(SphinxDirective):
         return [figure, *messages]
 
 
+class NumbersStayOnOneLine(SphinxTransform):
+    """Mark cells of tables that hold a number, with its unit or range, so that the style sheet does not break them."""
+
+    default_priority = 700
+    most_characters = 24
+
+    def apply(self, **kwargs: object) -> None:
+        """Add the class `number` to such cells."""
+        for cell in self.document.findall(nodes.entry):
+            text = cell.astext().strip()
+            if text[:1].isdigit() and len(text) <= self.most_characters:
+                cell["classes"].append("number")
+
+
 def setup(app: Sphinx) -> None:
     """Draw the pictures before the pages that show them are read."""
     app.add_directive("picture", Picture)
+    app.add_transform(NumbersStayOnOneLine)
     figures.draw_all(HERE / "_figures")

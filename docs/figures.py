@@ -1,10 +1,11 @@
-"""The pictures of the documentation, drawn from compiled programs and simulated runs, so that they cannot drift.
+"""The pictures of the documentation, drawn from compiled programs, simulated runs and the timeline of a real one.
 
 ``conf.py`` calls :func:`draw_all` before pages are read; every picture is drawn once for light and once for dark pages.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, CostTable, D
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import parse_plan
-from lightning_pipebd.planning.program import Kind
+from lightning_pipebd.planning.program import Action, Kind
 from lightning_pipebd.planning.simulate import TimelineSpan, simulate
 
 __all__ = ["PICTURES", "THEMES", "draw_all"]
@@ -30,6 +31,10 @@ WORKED = ((1.0, 2.0, 4.0, 1.0), (3.0, 3.0, 6.0, 3.0))
 """Milliseconds of the teacher's and the student's jobs of the example that `planning.md` works by hand."""
 LOST_MS = 0.25
 """What a job of half the rows takes beyond half of the time."""
+MEASURED = Path(__file__).parent / "measured" / "half_cut.json"
+"""What `Timeline` wrote of the half cut of that example; `benchmarks/sleeping_blocks/timeline.py` runs it."""
+SLOWER = 10
+"""How many times as long as in the example blocks took there."""
 
 
 class Theme(NamedTuple):
@@ -110,7 +115,7 @@ def show(axes: Axes, bars: Iterable[Bar], num_ranks: int, until_ms: float, title
     ranks, starts = [bar.rank for bar in shown], [bar.start_ms for bar in shown]
     axes.barh(ranks, widths, left=starts, height=0.78, color=shades, edgecolor=theme.grid, linewidth=0.8)
     for bar, width in zip(shown, widths, strict=True):
-        if width >= until_ms / 42:
+        if width >= until_ms / 44:
             colour = (theme.on_teacher if bar.is_teacher else theme.on_student)[bar.batch % 2]
             name = f"{'T' if bar.is_teacher else 'S'}{bar.block}"
             axes.text(bar.start_ms + width / 2, bar.rank, name, ha="center", va="center", color=colour, fontsize=9)
@@ -200,11 +205,56 @@ def worked(theme: Theme) -> Figure:
     return figure
 
 
+def measured(theme: Theme) -> Figure:
+    """The half cut of that example, predicted and run."""
+    real = read_timeline(MEASURED)
+    first, last = min(bar.batch for bar in real), max(bar.batch for bar in real)
+    times = [tuple(SLOWER * ms for ms in jobs) for jobs in WORKED]
+    bars, step = run(parse_plan("0-1,T2|S2,3"), table(times[0], times[1]), num_steps=last + 1)
+    start = min(bar.start_ms for bar in bars if bar.batch == first)
+    foreseen = [
+        bar._replace(start_ms=bar.start_ms - start, stop_ms=bar.stop_ms - start)
+        for bar in bars
+        if first <= bar.batch <= last
+    ]
+    until = 42.0 * SLOWER
+    figure, areas = panels([2, 2], theme)
+    show(areas[0], foreseen, 2, until, f"predicted: {step:g} ms per batch", theme)
+    show(areas[1], real, 2, until, f"measured: {pace_ms(real):.0f} ms per batch", theme)
+    return figure
+
+
+def read_timeline(path: Path) -> list[Bar]:
+    """Give the jobs of a file that `Timeline` wrote."""
+    spans = [event for event in json.loads(path.read_text(encoding="utf-8"))["traceEvents"] if event["ph"] == "X"]
+    jobs = [span for span in spans if span["cat"] in (Kind.TEACH.value, Kind.LEARN.value)]
+    return [
+        Bar(
+            rank=span["pid"],
+            start_ms=span["ts"] / 1000,
+            stop_ms=(span["ts"] + span["dur"]) / 1000,
+            is_teacher=span["cat"] == Kind.TEACH.value,
+            block=Action.parse(span["name"]).index,
+            batch=span["args"]["step"],
+        )
+        for span in jobs
+    ]
+
+
+def pace_ms(bars: Iterable[Bar]) -> float:
+    """Give the time from batch to batch at the end of the last rank."""
+    bars = list(bars)
+    rank, batches = max(bar.rank for bar in bars), {bar.batch for bar in bars}
+    ends = [max(bar.stop_ms for bar in bars if (bar.rank, bar.batch) == (rank, batch)) for batch in sorted(batches)]
+    return (ends[-1] - ends[0]) / (len(ends) - 1)
+
+
 PICTURES: dict[str, Callable[[Theme], Figure]] = {
     "relay": relay,
     "redundancy": redundancy,
     "decoupling": decoupling,
     "worked": worked,
+    "measured": measured,
 }
 """What pages may show, by name."""
 

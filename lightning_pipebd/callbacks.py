@@ -31,7 +31,7 @@ class _Report(NamedTuple):
 
 
 class BlockMetrics(Callback):
-    """Bring every block's loss to the logger and the progress bar of rank 0, and its epoch mean to every rank.
+    """Bring every block's loss to the logger of rank 0, their sum to its progress bar, and epoch means to every rank.
 
     Between epochs nothing waits: a rank posts its losses when a logging step is due, and rank 0 writes the row of a
     step when all its parts have arrived. The means are exchanged once an epoch.
@@ -134,7 +134,7 @@ class BlockMetrics(Callback):
             sums = self._merge(pl_module, [report.sums for report in everyone])
             with self._sharing_logs():
                 # What plain Lightning knows after the last step; the logger has it already, if it was due.
-                pl_module.log_dict(latest, prog_bar=True, logger=False, batch_size=1)
+                _show(pl_module, latest)
                 pl_module.log_dict({f"{key}_epoch": total / self._num_rows for key, total in sums.items()})
         self._sums, self._num_rows = {}, 0
 
@@ -162,9 +162,7 @@ class BlockMetrics(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({**values, "epoch": epoch}, step=step)
         if values and pl_module is not None:
-            pl_module.log_dict(
-                values, prog_bar=True, logger=False, on_step=True, on_epoch=False, batch_size=1, rank_zero_only=True
-            )
+            _show(pl_module, values, on_step=True, on_epoch=False, rank_zero_only=True)
 
     @staticmethod
     def _merge(module: Any, parts: Iterable[dict[LossName, float]]) -> dict[str, float]:
@@ -179,6 +177,13 @@ def metrics_of(module: Any, losses: Mapping[LossName, Any]) -> dict[str, Any]:
     """Name a step's losses as the module logs them."""
     found: dict[str, Any] = module.metrics(losses)
     return found
+
+
+def _show(pl_module: LightningModule, values: Mapping[str, float], **options: Any) -> None:
+    """Hand values to the progress bar and the callbacks; a bar has no room for a number per block."""
+    for key, value in values.items():
+        is_block = key.startswith("train/block/")
+        pl_module.log(key, value, prog_bar=not is_block, logger=False, batch_size=1, **options)
 
 
 def _read(losses: dict[LossName, Tensor]) -> dict[LossName, float]:

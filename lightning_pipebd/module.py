@@ -312,7 +312,10 @@ class BlockwiseDistillationModule(DistillationModule):
 
     def _log_losses(self, losses: dict[int, Tensor], total: Tensor, num_rows: int) -> None:
         values = {self.block_key(block): loss for block, loss in losses.items()} | {"train/loss": total}
-        self.log_dict(values, prog_bar=True, on_step=True, on_epoch=False, batch_size=num_rows)
+        for key, value in values.items():
+            # A number for every block does not fit on a progress bar.
+            is_sum = key == "train/loss"
+            self.log(key, value, prog_bar=is_sum, on_step=True, on_epoch=False, batch_size=num_rows)
         means = {f"{key}_epoch": value for key, value in values.items()}
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=num_rows, sync_dist=True)
 

@@ -86,10 +86,11 @@ def draw_timelines(path: str | Path, timelines: Mapping[str, Sequence[DrawnSpan]
     """
     pyplot = _pyplot()
     num_ranks = max((span.rank + 1 for spans in timelines.values() for span in spans), default=1)
+    length = max(map(_length, timelines.values()), default=1.0)
     size = (14, len(timelines) * (0.9 + 0.5 * num_ranks) + 0.6)
     figure, axes = pyplot.subplots(len(timelines), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axis, (title, spans) in zip(axes[:, 0], timelines.items(), strict=True):
-        _draw(axis, spans, num_ranks)
+        _draw(axis, spans, num_ranks, _LEAST_LABELLED * length)
         axis.set_title(title, loc="left")
     axes[-1, 0].set_xlabel("ms")
     drawn = {span.kind for spans in timelines.values() for span in spans}
@@ -133,9 +134,12 @@ def draw_losses(path: str | Path, curves: Mapping[str, Sequence[tuple[int, float
         pyplot.close(figure)
 
 
-def _draw(axis: Any, spans: Sequence[DrawnSpan], num_ranks: int) -> None:
+def _length(spans: Sequence[DrawnSpan]) -> float:
+    return max((span.stop_ms for span in spans), default=1.0) - min((span.start_ms for span in spans), default=0.0)
+
+
+def _draw(axis: Any, spans: Sequence[DrawnSpan], num_ranks: int, least_labelled_ms: float) -> None:
     start = min((span.start_ms for span in spans), default=0.0)
-    length = max((span.stop_ms for span in spans), default=1.0) - start
     for span in spans:
         colour = _COLOURS[span.kind]
         busy_start, busy_ms = span.start_ms + span.wait_ms - start, span.stop_ms - span.start_ms - span.wait_ms
@@ -143,7 +147,7 @@ def _draw(axis: Any, spans: Sequence[DrawnSpan], num_ranks: int) -> None:
             waiting = {"facecolor": "none", "edgecolor": colour, "hatch": "////", "linewidth": 0}
             axis.barh(span.rank, span.wait_ms, left=span.start_ms - start, height=0.7, **waiting)
         axis.barh(span.rank, busy_ms, left=busy_start, height=0.8, color=colour, edgecolor="white", linewidth=0.3)
-        if busy_ms > _LEAST_LABELLED * length:
+        if busy_ms > least_labelled_ms:
             axis.text(busy_start + busy_ms / 2, span.rank, span.label, ha="center", va="center", fontsize=7)
     axis.set_yticks(range(num_ranks), [f"rank {rank}" for rank in range(num_ranks)])
     axis.set_ylim(num_ranks - 0.5, -0.5)

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_pipebd.planning.quantities import format_ms
+
 __all__ = ["StepPace", "compare", "has_drifted"]
 
 _MIN_STEPS = 8
@@ -76,7 +78,7 @@ def compare(predicted_ms: float, measured_ms: float) -> str:
         have them measured anew, set PIPEBD_CACHE to an empty folder.
     """
     change = (measured_ms / predicted_ms - 1) * 100 if predicted_ms else 0.0
-    line = f"measured: {measured_ms:.4g} ms per step, predicted: {predicted_ms:.4g} ms ({change:+.0f} %)"
+    line = f"measured: {format_ms(measured_ms)} ms per step, predicted: {format_ms(predicted_ms)} ms ({change:+.0f} %)"
     if not has_drifted(predicted_ms, measured_ms):
         return line
     return (

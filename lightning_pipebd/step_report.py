@@ -16,6 +16,7 @@ from lightning_pipebd.planning.drift import ObservedTimes, find_better
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.program import Kind
+from lightning_pipebd.planning.quantities import format_ms
 from lightning_pipebd.runtime.agreement import done_by_rank_zero
 from lightning_pipebd.runtime.executor import Span
 from lightning_pipebd.runtime.transport import Transport
@@ -116,7 +117,10 @@ class StepReport(StepPace):
         frozen = (self._module.frozen_blocks, self._frozen_early)
         if pace_ms is None:
             return _Epoch(None, {}, *frozen)
-        medians = {(key[0].value, *key[1:]): statistics.median(values) for key, values in durations.items()}
+        # Of the half that the pace is of: in the first one, kernels are compiled and caches are filled.
+        medians = {
+            (key[0].value, *key[1:]): statistics.median(values[len(values) // 2 :]) for key, values in durations.items()
+        }
         return _Epoch(pace_ms, medians, *frozen)
 
     def _note(self, span: Span) -> None:
@@ -140,11 +144,12 @@ class StepReport(StepPace):
         if found is None:
             return None
         present, better = found
-        why = f"Since block {_list(newly)} is trained no longer" if newly else "With the times of this epoch"
+        why = f"Since block {_list(newly)} is trained no longer" if newly else "With the blocks' times of this epoch"
         plan = f'"{format_plan(better.plan)}"' if has_text_form(better.plan) else str(better.plan.to_dict())
         way = "The next epoch goes on with" if self._replans else "To use it, stop and go on from a checkpoint with"
         rank_zero_info(
-            f"{why}, another plan would take {better.step_time_ms:.4g} ms instead of {present.step_time_ms:.4g} ms. "
+            f"{why}, another plan is predicted to take {format_ms(better.step_time_ms)} ms instead of "
+            f"{format_ms(present.step_time_ms)} ms. "
             f"{way} `plan={plan}`."
         )
         return better if self._replans else None

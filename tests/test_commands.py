@@ -17,7 +17,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_pipebd import Candidates
+from lightning_pipebd import BlockwiseDistillationModule, Candidates
 from lightning_pipebd.cli import COMMANDS, main
 from lightning_pipebd.commands.compare import compare_runs
 from lightning_pipebd.commands.waiting import waiting
@@ -222,6 +222,26 @@ def make_classifier() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
 
 
+def make_slim_classifier() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+
+
+def make_convolutions(width: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, width, 2, stride=2), nn.Conv2d(width, 1, 2, stride=2))
+
+
+def make_slim_convolutions() -> nn.Module:
+    return make_convolutions(width=2)
+
+
+class SlimModule(BlockwiseDistillationModule):
+    def __init__(self) -> None:
+        adapters, input_adapters = {"1": nn.Linear(3, 4)}, {"2": nn.Linear(4, 3)}
+        maps: dict[str, Any] = {"adapters": adapters, "input_adapters": input_adapters}
+        super().__init__(make_classifier(), make_slim_classifier(), {"1": "1", "2": "2"}, **maps)
+        self.example_input_array = torch.zeros(2, 4)
+
+
 def make_text() -> str:
     return "no model"
 
@@ -280,6 +300,17 @@ class TestCheck:
         assert [block["boundary per row"] for block in blocks] == ["6", "6", "6", "5"]
         assert [block["student parameters"] for block in blocks] == [42, 42, 42, 35]
 
+    def test_adapters_are_counted_apart_from_the_student(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        content = {"trainer": {"accelerator": "cpu"}, "model": {"class_path": "tests.test_commands.SlimModule"}}
+        (tmp_path / "slim.yaml").write_text(yaml.safe_dump(content))
+        assert main(["check", "--config", str(tmp_path / "slim.yaml"), "--json"]) == 0
+        blocks = json.loads(capsys.readouterr().out)["blocks"]
+        assert [block["student parameters"] for block in blocks] == [15, 8]
+        assert [block["adapter parameters"] for block in blocks] == [16, 15]
+        assert [block["share"] for block in blocks] == ["75%", "80%"]
+
     def test_a_wrong_plan_is_a_problem(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = write_configuration(tmp_path)
         assert main(["check", "--config", config, "--", "--trainer.strategy.plan", "0|1"]) == 1
@@ -294,6 +325,14 @@ class TestCheck:
         ]
         assert main(["check", *models, "--input", "1,4"]) == 0
         assert yaml.safe_load(capsys.readouterr().out) == {"block_map": {1: 1, 2: 2}}
+
+    def test_a_suggestion_names_both_adapters_where_widths_differ(self, capsys: pytest.CaptureFixture[str]) -> None:
+        here = "tests.test_commands"
+        models = [f"--teacher={here}.make_convolutions", f"--student={here}.make_slim_convolutions"]
+        assert main(["check", *models, "--input", "1,1,8,8"]) == 0
+        *_, first, last = capsys.readouterr().out.splitlines()
+        assert first.endswith("# 2x4x4 -> needs an adapter to 3x4x4, and the next block an input adapter back")
+        assert last.endswith("# 1x2x2")
 
     @pytest.mark.parametrize(
         ("student", "problem"),

@@ -69,6 +69,26 @@ def test_pictures_name_the_step_times_that_their_pages_explain(figures: ModuleTy
     assert step_times(figures.worked(theme)) == [14, 13, 13.5]
 
 
+def test_the_measured_picture_is_of_a_run_that_took_about_what_was_predicted(figures: ModuleType) -> None:
+    figure = figures.measured(figures.THEMES["light"])
+    predicted, real = step_times(figure)
+    assert predicted == 10 * 13
+    assert real == pytest.approx(predicted, rel=0.1)
+    assert f"measured {real:.0f};" in (DOCS / "planning.md").read_text(encoding="utf-8")
+    labels = [[text.get_text() for text in area.texts] for area in figure.axes]
+    assert [sorted(set(line)) for line in labels] == [["S0", "S1", "S2", "S3", "T0", "T1", "T2", "T3"]] * 2
+
+
+def test_the_readme_s_ratios_are_those_of_the_benchmark() -> None:
+    report = (DOCS.parent / "benchmarks/baselines/README.md").read_text(encoding="utf-8").split("**vgg**")[1]
+    table = re.findall(r"^\| ([^|]+?)(?: \*)? \| [\d.]+ \([^|]+ \| (\d\.\d\d) \(", report, re.M)
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8").split("## Measured")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?!\*)([^|]+?) \| (\d.+) \|$", readme, re.M)
+    assert len(rows) == 5
+    for name, numbers in rows:
+        assert re.findall(r"[\d.]+", numbers) == [ratio for variant, ratio in table if variant == name]
+
+
 def test_block_after_block_teaches_ten_blocks_and_once_for_all_teaches_four(figures: ModuleType) -> None:
     separate, together = figures.redundancy(figures.THEMES["light"]).axes
     labels = [[text.get_text() for text in area.texts] for area in (separate, together)]

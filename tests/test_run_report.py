@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 
 from lightning_pipebd import Timeline, parse_plan
@@ -15,7 +16,7 @@ from lightning_pipebd.planning.explain import BlockTraits
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.program import Kind
-from lightning_pipebd.plots import DrawnSpan
+from lightning_pipebd.plots import DrawnSpan, draw_timelines
 from lightning_pipebd.report_page import Section, to_html, to_markdown
 from lightning_pipebd.run_report import RunReport
 from tests.planning.cost_tables import constant_costs
@@ -153,3 +154,12 @@ def test_text_is_escaped_in_html() -> None:
 def test_a_report_of_another_kind_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`report` must end in \.html or \.md, but is 'run\.pdf'"):
         Timeline(report="run.pdf")
+
+
+def test_labels_are_left_out_where_the_common_scale_leaves_no_room(tmp_path: Path) -> None:
+    path = tmp_path / "timelines.svg"
+    short = [DrawnSpan(0, Kind.TEACH, f"T{step}", step, step + 1) for step in range(8)]
+    slow = [DrawnSpan(0, Kind.LEARN, f"L{step}", 100 * step, 100 * step + 90) for step in range(8)]
+    with mpl.rc_context({"svg.fonttype": "none"}):
+        draw_timelines(path, {"predicted": short, "measured": slow})
+    assert re.findall(r">([TL]\d)<", path.read_text()) == [f"L{step}" for step in range(8)]

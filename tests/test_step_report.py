@@ -11,8 +11,10 @@ import pytest
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.outlook import Outlook
-from lightning_pipebd.planning.plan import Plan
+from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.plan_text import parse_plan
+from lightning_pipebd.planning.program import Action, Kind
+from lightning_pipebd.runtime.executor import Span
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from lightning_pipebd.step_report import StepReport
 from tests.planning.cost_tables import constant_costs
@@ -61,7 +63,9 @@ def test_a_frozen_block_is_told_with_the_plan_that_is_better_then(lines: list[st
     run_epoch(report, 2)
     run_epoch(report, 2)
     assert len(lines) == 1
-    assert lines[0].startswith("Since block 0, 1 is trained no longer, another plan would take 6 ms instead of 8 ms.")
+    assert lines[0].startswith(
+        "Since block 0, 1 is trained no longer, another plan is predicted to take 6 ms instead of 8 ms."
+    )
     assert "To use it, stop and go on from a checkpoint with `plan=" in lines[0]
     assert report.better is None
 
@@ -90,6 +94,20 @@ def test_the_pace_is_compared_once(lines: list[str]) -> None:
     run_epoch(report, 9)
     assert report.step_time_ms is not None
     assert len([line for line in lines if line.startswith("measured: ")]) == 1
+
+
+@pytest.mark.parametrize(("times_ms", "is_offered"), [([30.0] * 5 + [3.0] * 5, False), ([3.0] * 5 + [30.0] * 5, True)])
+def test_a_plan_is_offered_for_the_times_of_the_half_that_the_pace_is_of(
+    times_ms: list[float], is_offered: bool, lines: list[str]
+) -> None:
+    told: list[Any] = []
+    report = make_report(Blocks(), listen=lambda listener: (told.append(listener), lambda: None)[1])
+    for ms in times_ms:
+        told[0](Span(Action(Kind.LEARN, 0, Rows(0, 8)), 0.0, ms / 1000))
+    run_epoch(report, len(times_ms))
+    assert [line.startswith("With the blocks' times of this epoch, another plan") for line in lines[1:]] == (
+        [True] * is_offered
+    )
 
 
 def test_a_given_plan_is_commented_only_if_it_may_change(lines: list[str]) -> None:

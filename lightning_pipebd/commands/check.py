@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -78,13 +78,13 @@ def _suggest(options: argparse.Namespace) -> str:
     pairs = suggest_block_map(teacher, student, torch.zeros(shape))
     if options.json:
         return json.dumps([pair._asdict() for pair in pairs], indent=2)
-    return "\n".join(["block_map:", *map(_pair_line, pairs)])
+    return "\n".join(["block_map:", *(_pair_line(pair, is_last=pair is pairs[-1]) for pair in pairs)])
 
 
-def _pair_line(pair: SuggestedPair) -> str:
-    shapes = " -> needs an adapter to ".join(
-        "x".join(map(str, shape[1:])) for shape in dict.fromkeys((pair.student_shape, pair.teacher_shape))
-    )
+def _pair_line(pair: SuggestedPair, *, is_last: bool) -> str:
+    student, teacher = ("x".join(map(str, shape[1:])) for shape in (pair.student_shape, pair.teacher_shape))
+    back = "" if is_last else ", and the next block an input adapter back"
+    shapes = student if student == teacher else f"{student} -> needs an adapter to {teacher}{back}"
     return f"  {pair.teacher or json.dumps('')}: {pair.student or json.dumps('')}  # {shapes}"
 
 
@@ -145,22 +145,23 @@ def _describe_blocks(module: BlockwiseDistillationModule, example: Any) -> list[
     described = []
     for block, (name, shape) in enumerate(zip(pairs.names, shapes, strict=True)):
         teacher = list(pairs.teacher.blocks[block].parameters())
-        student = module.block_parameters(block)
+        student = pairs.parameters_of(block)
         described.append(
             {
                 "block": name,
                 "boundary per row": _describe_shape(shape),
-                "teacher parameters": sum(parameter.numel() for parameter in teacher),
-                "student parameters": sum(parameter.numel() for parameter in student),
-                "share": f"{_share(student, teacher):.0%}",
+                "teacher parameters": _count(teacher),
+                "student parameters": _count(student),
+                "share": f"{_count(student) / max(_count(teacher), 1):.0%}",
             }
         )
+        if len(module.adapters):
+            described[-1]["adapter parameters"] = _count(module.block_parameters(block)) - _count(student)
     return described
 
 
-def _share(student: list[nn.Parameter], teacher: list[nn.Parameter]) -> float:
-    own, other = (sum(parameter.numel() for parameter in parameters) for parameters in (student, teacher))
-    return own / other if other else 0.0
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _describe_shape(boundary: Any) -> str:

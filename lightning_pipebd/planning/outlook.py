@@ -9,12 +9,12 @@ from functools import cached_property
 from lightning_pipebd.planning.bounds import Bounds, find_bounds
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.explain import BlockTraits, Exactness, exactness_of, exactness_reasons, explain_plan
-from lightning_pipebd.planning.families import Family
+from lightning_pipebd.planning.families import Candidate, Family
 from lightning_pipebd.planning.judge import Judge, Judgement
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.planner import PlanChoice
-from lightning_pipebd.planning.quantities import format_bytes
+from lightning_pipebd.planning.quantities import format_bytes, format_ms
 from lightning_pipebd.planning.simulate import Simulation, simulate
 from lightning_pipebd.planning.table import align_columns
 
@@ -147,9 +147,9 @@ class Outlook:
                 table.append(
                     [
                         f"{index} ({block.name})",
-                        f"{times.teach_ms.at(rows):.4g}",
-                        f"{times.learn_ms.at(rows):.4g}",
-                        f"{times.update_ms:.4g}",
+                        format_ms(times.teach_ms.at(rows)),
+                        format_ms(times.learn_ms.at(rows)),
+                        format_ms(times.update_ms),
                         format_bytes(costs.boundary_bytes_per_row[index + 1] * rows),
                         format_bytes(block.teacher_parameter_bytes + block.student_parameter_bytes),
                         format_bytes(block.learn_bytes_per_row * rows),
@@ -160,15 +160,15 @@ class Outlook:
     def _prediction_lines(self) -> Iterator[str]:
         mine = self.step_time_ms
         kind = f"{self.choice.family} plan" if self.choice else "given plan"
-        yield f"predicted: {mine:.4g} ms per step ({kind})"
-        yield f"  {self.bounds.step_time_ms:.4g} ms: no plan can be faster ({self._efficiency():.0%} of the prediction)"
+        yield f"predicted: {format_ms(mine)} ms per step ({kind})"
+        bound = format_ms(self.bounds.step_time_ms)
+        yield f"  {bound} ms: no plan can be faster ({self._efficiency():.0%} of the prediction)"
         if self.choice is not None:
             found = {candidate.family: candidate for candidate in self.choice.alternatives}
             why = dict(self.choice.skipped)
             for family, words in _COMPARED.items():
                 if family in found:
-                    other = found[family].step_time_ms
-                    yield f"  {other:.4g} ms: {words}" + (f" ({other / mine:.3g} times)" if mine else "")
+                    yield f"  {format_ms(found[family].step_time_ms)} ms: {words}" + self._beside(found[family])
                 else:
                     yield f"  {words}: none, {why.get(family, 'not searched')}"
             yield f"  {self.choice.reason}"
@@ -177,6 +177,11 @@ class Outlook:
         yield from (f"  limit: {limit}" for limit in self.judgement.limits)
         uses = (f"rank {rank} {format_bytes(use.total_bytes)}" for rank, use in enumerate(self.judgement.memory))
         yield f"  memory: {', '.join(uses)}"
+
+    def _beside(self, other: Candidate) -> str:
+        if other.plan == self.plan:
+            return " (this plan)"
+        return f" ({other.step_time_ms / self.step_time_ms:.3g} times)" if self.step_time_ms else ""
 
     def _efficiency(self) -> float:
         return self.bounds.step_time_ms / self.step_time_ms if self.step_time_ms else 1.0

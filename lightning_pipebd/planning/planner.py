@@ -27,6 +27,7 @@ from lightning_pipebd.planning.judge import Judge
 from lightning_pipebd.planning.margin import margin_ms
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
+from lightning_pipebd.planning.quantities import format_ms
 from lightning_pipebd.planning.scattered import add_scattered
 from lightning_pipebd.planning.simulate import check_max_in_flight
 
@@ -233,8 +234,8 @@ def _reason(entry: Found, families: Families) -> str:
     if best.step_time_ms < chosen.step_time_ms * (1 - 1e-9):
         margin = margin_ms(entry, fastest, families.judge)
         return (
-            f"The {best.family} plan would take {best.step_time_ms:.4g} ms, but less than {margin:.2g} ms below the "
-            f"simpler {chosen.family} plan may be an error of the prediction."
+            f"The {best.family} plan would take {format_ms(best.step_time_ms)} ms, but less than "
+            f"{format_ms(margin, 2)} ms below the simpler {chosen.family} plan may be an error of the prediction."
         )
     if not simpler:
         return "No plan is faster, and none is simpler."

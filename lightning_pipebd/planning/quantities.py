@@ -1,10 +1,10 @@
-"""Bytes as people write and read them."""
+"""Bytes and milliseconds as people write and read them."""
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["format_bytes", "parse_bytes"]
+__all__ = ["format_bytes", "format_ms", "parse_bytes"]
 
 _UNITS = {"": 1} | {
     unit: base**power
@@ -27,6 +27,16 @@ def format_bytes(number: float) -> str:
             break
         size, unit = size / 1024, larger
     return f"{size:.4g} {unit}"
+
+
+def format_ms(number: float, num_digits: int = 4) -> str:
+    """Write milliseconds with so many digits, or as a whole number: never with an exponent.
+
+    Example:
+        >>> format_ms(0.12345), format_ms(12345.6), format_ms(181.3, num_digits=2)
+        ('0.1235', '12346', '181')
+    """
+    return f"{number:.0f}" if number >= 10 ** (num_digits - 1) else f"{number:.{num_digits}g}"
 
 
 def parse_bytes(text: str | int, subject: str) -> int:

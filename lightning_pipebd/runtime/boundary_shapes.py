@@ -90,7 +90,8 @@ def check_shapes(
             target = _run_block(teacher_block, boundary, f"teacher block `{teacher_name}`")
             if before is not None:
                 boundary = _run_adapter(before, boundary, f"the input adapter of `{student_name}`")
-            remedy = "Change its input adapter." if before is not None else "Give the block an input adapter."
+            given = f'`input_adapters={{"{student_name}": ...}}`'
+            remedy = f"Change its {given}." if before is not None else f"Give the block an adapter by {given}."
             output = _run_block(student_block, boundary, f"student block `{student_name}`", remedy)
             if after is not None:
                 output = _run_adapter(after, output, f"the adapter of `{student_name}`")
@@ -119,7 +120,8 @@ def _check_counts(
 def _compare(teacher_name: str, target: Any, student_name: str, output: Any, *, has_adapter: bool) -> None:
     if _describe(target) == _describe(output):
         return
-    remedy = "Change the adapter that" if has_adapter else "Name an adapter for this block that"
+    given = f'`adapters={{"{student_name}": ...}}`'
+    remedy = f"Change its adapter in {given}: it" if has_adapter else f"Give the block an adapter by {given}, which"
     msg = (
         f"Boundary `{teacher_name}` -> `{student_name}` must have one shape, but the teacher's `{teacher_name}` gives "
         f"{_describe(target)} and the student's `{student_name}` {'with its adapter ' if has_adapter else ''}gives "

@@ -181,7 +181,7 @@ def test_a_drift_is_told_and_a_better_plan_is_offered() -> None:
     (plan, text), (_, silence) = under_plan(drifting, plan=wrong_costs)
     assert format_plan(plan) == "0-1,T2|S2"
     assert "That is more than 25 % off." in text
-    offered = re.search(r"another plan would take .* from a checkpoint with `plan=\"(.*)\"`", text)
+    offered = re.search(r"another plan is predicted to take .* from a checkpoint with `plan=\"(.*)\"`", text)
     assert offered is not None
     assert parse_plan(offered[1]).num_ranks == 2
     assert "another plan" not in silence

@@ -95,9 +95,11 @@ def fit_with_progress_bar(make_trainer: MakeTrainer) -> tuple[dict[str, float], 
     return dict(trainer.progress_bar_metrics), text.getvalue()
 
 
-def test_progress_bar_shows_every_block_on_rank_0_alone() -> None:
+def test_progress_bar_shows_the_sum_of_the_blocks_on_rank_0_alone() -> None:
     metrics, _ = on_one_process(fit_with_progress_bar)
+    assert [key for key in metrics if key.startswith("train/")] == ["train/loss"]
     (first_metrics, first_text), (_, second_text) = under_plan(fit_with_progress_bar)
     assert first_metrics == pytest.approx(metrics, **TOLERANCE)
     assert all(f"{key}=" in first_text for key in metrics)
+    assert "train/block" not in first_text
     assert second_text == ""

@@ -29,10 +29,17 @@ def test_the_best_plan_is_told_beside_the_others() -> None:
     assert "predicted: 8 ms per step (straight plan)" in lines
     assert "  8 ms: no plan can be faster (100% of the prediction)" in lines
     assert "  joint, all blocks on every rank: none, it divides the rows of block0" in lines
-    assert "  8 ms: straight, whole blocks in a row (1 times)" in lines
+    assert "  8 ms: straight, whole blocks in a row (this plan)" in lines
     assert "  16 ms: one device (2 times)" in lines
     assert "  limit: thread of rank 0" in lines
     assert "exactness: bitwise" in lines
+
+
+def test_times_of_seconds_are_told_without_exponents() -> None:
+    costs = constant_costs([(10_000, 33_333.3), (10_000, 33_333.3)])
+    text = str(Outlook.find(Measurement(costs=costs, num_rows=8), Cluster.uniform(2)))
+    assert "predicted: 43333 ms per step (straight plan)" in text
+    assert "e+" not in text
 
 
 def test_a_given_plan_is_told_without_others() -> None:

@@ -117,7 +117,8 @@ def test_a_student_block_reads_the_teachers_boundary() -> None:
 def test_other_shapes_are_refused_with_both_and_the_way_out() -> None:
     with pytest.raises(
         PartitionError,
-        match=r"`0` -> `0` must .* teacher's `0` gives \(5, 3\) and the student's `0` gives \(5, 7\)\. Name an adapter",
+        match=r"`0` -> `0` must .* teacher's `0` gives \(5, 3\) and the student's `0` gives \(5, 7\)\. "
+        r"Give the block an adapter by `adapters=\{\"0\": \.\.\.\}`, which maps",
     ):
         check(cut(chain(4, 3, 2)), cut(chain(4, 7, 2)))
 
@@ -133,7 +134,7 @@ def test_an_adapter_makes_shapes_match() -> None:
 
 def test_an_adapter_that_does_not_help_is_named() -> None:
     with pytest.raises(
-        PartitionError, match=r"student's `0` with its adapter gives \(5, 5\)\. Change the adapter that"
+        PartitionError, match=r"student's `0` with its adapter gives \(5, 5\)\. Change its adapter in `adapters=\{"
     ):
         check(cut(chain(4, 3, 2)), cut(chain(4, 7, 2)), adapters={0: nn.Linear(7, 5)})
 
@@ -145,7 +146,9 @@ def test_an_adapter_that_fails_is_named() -> None:
 
 def test_a_student_block_that_cannot_take_the_teachers_boundary_asks_for_an_input_adapter() -> None:
     with pytest.raises(
-        PartitionError, match=r"student block `2` must take .*, \(5, 3\), but raises RuntimeError: .* input adapter\."
+        PartitionError,
+        match=r"student block `2` must take .*, \(5, 3\), but raises RuntimeError: .* "
+        r"Give the block an adapter by `input_adapters=\{\"2\": \.\.\.\}`\.",
     ):
         check(cut(chain(4, 3, 2)), cut(chain(4, 7, 2)), adapters={0: nn.Linear(7, 3)})
 
