@@ -193,7 +193,10 @@ class LoaderCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overheads:
-    """What a rank's thread spends besides the measured times, in ms: once per step, and once per action of a kind."""
+    """What a rank's thread spends besides the measured times, in ms: once per step, and once per action of a kind.
+
+    Of the REDUCEs, only those count that begin a sum; the others leave their gradients to it.
+    """
 
     step_ms: float = 0.0
     load_ms: float = 0.0

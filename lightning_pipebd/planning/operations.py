@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+from lightning_pipebd.planning.buckets import find_buckets
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.memory import boundary_bytes
@@ -31,7 +32,7 @@ class Operation(NamedTuple):
     Args:
         kind: What it may wait for.
         busy_ms: Time of the rank's own thread.
-        target: Number of the message of SEND and RECV, of the gathering of REDUCE.
+        target: Number of the message of SEND and RECV, of the gathering that begins with a REDUCE.
     """
 
     kind: OperationKind
@@ -58,7 +59,13 @@ class Channel(NamedTuple):
 
 
 class Gathering(NamedTuple):
-    """The REDUCE of one block: it starts when all its ranks are there and the ranks' last one is over."""
+    """The sum of one bucket: it starts when all its ranks are there and the ranks' last one is over.
+
+    Args:
+        block: The bucket's last block.
+        ranks: Ranks that reduce together.
+        duration_ms: Time of the sum.
+    """
 
     block: int
     ranks: tuple[int, ...]
@@ -118,6 +125,8 @@ class _Maker:
         self.gatherings: dict[int, int] = {}
         self.durations: list[Gathering] = []
         self.background_load_ms = [0.0] * len(programs)
+        self.gradient_bytes = {block: sizes.gradient_bytes for block, sizes in enumerate(costs.blocks)}
+        self.buckets: dict[int, tuple[int, ...]] = {}
 
     def make(self) -> Timetable:
         for program in self.programs:
@@ -152,6 +161,7 @@ class _Maker:
     def _operations(self, program: Program) -> tuple[Operation, ...]:
         operations = []
         has_waited = False
+        self.buckets = find_buckets(program, self.gradient_bytes)
         for action in program.actions:
             operation = self._operation(program.rank, action)
             if action.kind is Kind.UPDATE and not has_waited:
@@ -195,8 +205,12 @@ class _Maker:
         return Operation(OperationKind.SEND if is_send else OperationKind.RECV, busy_ms, number)
 
     def _reduce_operation(self, action: Action, overhead: float) -> Operation:
+        bucket = self.buckets.get(action.index)
+        if bucket is None:
+            # Its gradients are kept for those of a later block.
+            return Operation(OperationKind.COMPUTE, 0.0)
         link = self.cluster.link(self.costs, action.ranks)
-        duration = link.reduce_ms(self.costs.blocks[action.index].gradient_bytes, len(action.ranks))
+        duration = link.reduce_ms(sum(self.gradient_bytes[block] for block in bucket), len(action.ranks))
         if action.index not in self.gatherings:
             self.gatherings[action.index] = len(self.durations)
             self.durations.append(Gathering(action.index, action.ranks, duration))
