@@ -59,17 +59,19 @@ class Channel(NamedTuple):
 
 
 class Gathering(NamedTuple):
-    """The sum of one bucket: it starts when all its ranks are there and the ranks' last one is over.
+    """The sum of one bucket: it starts when its last rank is to be expected and the ranks' sum before it is over.
 
     Args:
         block: The bucket's last block.
         ranks: Ranks that reduce together.
         duration_ms: Time of the sum.
+        variances: For each of the ranks the variance of its time of arrival, from the begin of its step on.
     """
 
     block: int
     ranks: tuple[int, ...]
     duration_ms: float
+    variances: tuple[float, ...]
 
 
 class Timetable(NamedTuple):
@@ -123,7 +125,8 @@ class _Maker:
         self.channel_of: list[int] = []
         self.wire_ms: list[float] = []
         self.gatherings: dict[int, int] = {}
-        self.durations: list[Gathering] = []
+        self.gathered: list[Gathering] = []
+        self.variances: dict[tuple[int, int], float] = {}
         self.background_load_ms = [0.0] * len(programs)
         self.gradient_bytes = {block: sizes.gradient_bytes for block, sizes in enumerate(costs.blocks)}
         self.buckets: dict[int, tuple[int, ...]] = {}
@@ -141,7 +144,10 @@ class _Maker:
             tuple(self.channels),
             tuple(self.channel_of),
             tuple(self.wire_ms),
-            tuple(self.durations),
+            tuple(
+                gathering._replace(variances=tuple(self.variances[number, rank] for rank in gathering.ranks))
+                for number, gathering in enumerate(self.gathered)
+            ),
         )
 
     def _add_message(self, sender: int, action: Action) -> None:
@@ -162,8 +168,12 @@ class _Maker:
         operations = []
         has_waited = False
         self.buckets = find_buckets(program, self.gradient_bytes)
+        busy_ms = self.costs.overheads.step_ms
         for action in program.actions:
             operation = self._operation(program.rank, action)
+            if operation.kind is OperationKind.REDUCE:
+                self.variances[operation.target, program.rank] = self.costs.jitter_ms * busy_ms
+            busy_ms += operation.busy_ms
             if action.kind is Kind.UPDATE and not has_waited:
                 operation = operation._replace(kind=OperationKind.FIRST_UPDATE)
                 has_waited = True
@@ -212,7 +222,7 @@ class _Maker:
         link = self.cluster.link(self.costs, action.ranks)
         duration = link.reduce_ms(sum(self.gradient_bytes[block] for block in bucket), len(action.ranks))
         if action.index not in self.gatherings:
-            self.gatherings[action.index] = len(self.durations)
-            self.durations.append(Gathering(action.index, action.ranks, duration))
+            self.gatherings[action.index] = len(self.gathered)
+            self.gathered.append(Gathering(action.index, action.ranks, duration, ()))
         busy_ms = overhead + link.reduce_occupation * duration
         return Operation(OperationKind.REDUCE, busy_ms, self.gatherings[action.index])

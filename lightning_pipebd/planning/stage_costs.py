@@ -5,7 +5,8 @@ A stage lies between two cut points and divides its rows evenly among `r` equal 
 
     thread    overheads, teacher jobs, student jobs, updates, and what transfers, loading and reductions occupy; plus
               what of the reductions is not hidden behind later student jobs: they follow one another, each from the
-              moment the last student job of its bucket ends
+              moment the last student job of its bucket ends; the last one ends later by as much as the last of the
+              stage's ranks is to be expected behind the others after its jobs
     way in    the boundaries that cross the stage's first cut, and the labels; each rank gets ``1 / r``
     way out   the same at its last cut
     loader    loading beside the thread
@@ -20,12 +21,13 @@ within a stage.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from math import inf
+from math import inf, sqrt
 from typing import NamedTuple
 
 from lightning_pipebd.planning.buckets import BUCKET_BYTES
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.cut_points import CutPoint
+from lightning_pipebd.planning.jitter import lateness
 from lightning_pipebd.planning.stage_parts import Crossing, Edge, Part, PartCosts
 
 __all__ = ["StageCosts", "StageMemory", "StageUse"]
@@ -120,6 +122,9 @@ class StageMemory(StageCosts):
             yield use._replace(cost_ms=use.num_bytes / limit_bytes)
 
 
+_Sums = tuple[float, float, float, float, int, int, int, int, int]
+
+
 class _Column:
     """All stages from one cut point on one number of equal ranks."""
 
@@ -134,6 +139,8 @@ class _Column:
         self.base_ms = parts.costs.overheads.step_ms
         self.way_in_ms = self.background_ms = 0.0
         self.fixed_bytes = 0
+        # The standard deviation of work grows with its root.
+        self.lateness = lateness(num_ranks) * sqrt(parts.costs.jitter_ms)
         self.ways_out = stages.ways_out(num_ranks, is_far=crossing.behind)
         self._receive(parts.cut(self.begin, num_ranks, is_far=crossing.before, is_send=False))
         self.are_labels_here = start == 0
@@ -181,6 +188,8 @@ class _Column:
         # Millions of turns for a large cluster: local names, and no call that is not needed for every block.
         for block, part in self._passed():
             learn_end, reduced_end = (learn, reduced) if bucket < 0 else self._sum(learn, reduced, bucket)
+            if reduced_end and self.lateness:
+                reduced_end += self.lateness * sqrt(teach + learn_end)
             thread_ms = self.base_ms + teach + update + (learn_end if learn_end > reduced_end else reduced_end)
             num_bytes = self.fixed_bytes + weights + (teach_peak if teach_peak > learn_peak else learn_peak)
             if thread_ms > ceiling_ms or num_bytes > limit_bytes:
@@ -241,7 +250,7 @@ class _Column:
     def _part(self, block: int, first: tuple[int, int], last: tuple[int, int]) -> Part:
         return self.parts.part(self.device_class, self.num_ranks, self.crossing, block, first, last)
 
-    def _stop_inside(self, stop: int, sums: tuple[float, float, float, float, int, int, int, int, int]) -> StageUse | None:
+    def _stop_inside(self, stop: int, sums: _Sums) -> StageUse | None:
         """Give the stage that stops inside a block; `None` if its rows would run backwards or may not be divided."""
         point = self.stages.points[stop]
         block, last = point.block, point[1:]
@@ -258,6 +267,8 @@ class _Column:
         learn += part.learn_ms
         if part.reduce_ms:
             reduced = max(learn, reduced) + part.reduce_ms
+        if reduced and self.lateness:
+            reduced += self.lateness * sqrt(teach + part.teach_ms + learn)
         labels, load = Edge(), (0.0, 0.0)
         if part.has_targets and not self.are_labels_here:
             labels = self.parts.labels(self.num_ranks, is_far=self.crossing.before, is_send=False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from math import sqrt
 from typing import NamedTuple
 
 from lightning_pipebd.planning.buckets import BUCKET_BYTES
 from lightning_pipebd.planning.costs import CostTable, LinkCost
 from lightning_pipebd.planning.cut_points import CutPoint
+from lightning_pipebd.planning.jitter import lateness
 from lightning_pipebd.planning.stage_parts import Crossing
 
 __all__ = ["Need", "Question", "need_of_stage"]
@@ -157,7 +159,9 @@ def _jobs_ms(q: Question) -> float:
     reduces = [sums.get(b, (0.0, 0.0))[0] for b in learned]
     # The thread goes on with the updates when the slowest chain of students, then reductions, has ended.
     ends = [sum(learns[: k + 1]) + sum(reduces[k:]) for k in range(len(learned)) if reduces[k]]
-    return teach_ms + max([sum(learns), *ends]) + sum(times[b].update_ms + overheads.update_ms for b in learned)
+    late = lateness(q.num_ranks) * sqrt(q.costs.jitter_ms * (teach_ms + sum(learns)))
+    learn_end = max([sum(learns), *(end + late for end in ends)])
+    return teach_ms + learn_end + sum(times[b].update_ms + overheads.update_ms for b in learned)
 
 
 def _weight_bytes(q: Question) -> int:

@@ -84,9 +84,7 @@ def test_way_out_carries_one_transfer_after_another() -> None:
 
 
 def test_reduction_runs_beside_later_students_and_ends_before_the_updates() -> None:
-    costs = constant_costs(
-        [(1, 2), (1, 4)], update_ms=0.25, gradient_bytes=BUCKET_BYTES, link=LinkCost(latency_ms=1.5)
-    )
+    costs = constant_costs([(1, 2), (1, 4)], update_ms=0.25, gradient_bytes=BUCKET_BYTES, link=LinkCost(latency_ms=1.5))
     found = run("0-1*2", costs, num_steps=2)
     # Each REDUCE takes 3: the first is over when the second block has been learned, the second is waited for.
     assert lines(found, rank=1, step=0)[3:] == [

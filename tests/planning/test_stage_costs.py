@@ -32,7 +32,7 @@ def differences(seed: int) -> Iterator[tuple[object, ...]]:
     """Compare every stage of one random chain with the reference."""
     rng = Random(seed)
     num_blocks, num_rows, num_ranks = rng.randint(1, 4), rng.randint(1, 16), rng.randint(1, 4)
-    costs = random_costs(rng, num_blocks)
+    costs = replace(random_costs(rng, num_blocks), jitter_ms=rng.choice([0, 0.5]))
     if rng.random() < 0.5:
         # Gradients that fill a bucket alone, or two by two.
         large = [rng.choice([0, BUCKET_BYTES // 2, BUCKET_BYTES]) for _ in costs.blocks]
