@@ -111,9 +111,12 @@ class Samples:
         """Give the variance of the time of work by the ms that it takes; 0 if there were not two rounds.
 
         One round is compared with the next, since ranks that slow down together do not wait for each other; and by
-        the amount of the difference, not by its square, in which a single long disturbance would count for all.
+        the amount of the difference, not by its square, in which a single long disturbance would count for all. What
+        is measured with the fewest rows counts: so few has a rank that shares the blocks with all others.
         """
-        totals = [sum(values) for values in zip(*self.values.values(), strict=True)]
+        least = min((rows for _, _, rows in self.values), default=0)
+        measured = (values for (_, _, rows), values in self.values.items() if rows == least)
+        totals = [sum(values) for values in zip(*measured, strict=True)]
         if len(totals) < 2 or not sum(totals):
             return 0.0
         # The expected difference of two draws from a normal distribution is 2 / sqrt(pi) of its standard deviation.

@@ -237,6 +237,12 @@ def test_slow_change_is_no_jitter_and_one_long_disturbance_is_not_all_of_it() ->
     assert rounds_of(*[(100,)] * 50, (300,), *[(100,)] * 50).jitter_ms() == pytest.approx(pi * 2**2 / 102, rel=0.02)
 
 
+def test_jitter_is_that_of_a_rank_s_part_of_the_rows() -> None:
+    samples = rounds_of((10,), (14,), (10,))
+    samples.values["learn", 0, 16] += [40, 80, 10]
+    assert samples.jitter_ms() == rounds_of((10,), (14,), (10,)).jitter_ms() > 0
+
+
 @pytest.mark.parametrize("rounds", [[], [(5.0,)], [(0.0,), (0.0,)]])
 def test_without_two_rounds_that_take_time_there_is_no_jitter(rounds: list[tuple[float, ...]]) -> None:
     assert rounds_of(*rounds).jitter_ms() == 0.0
