@@ -22,7 +22,7 @@ from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 __all__ = ["MeasurementCache", "as_measurement", "load_measurement", "save_measurement"]
 
 # Another number when costs mean something else: older files are not found any more.
-_FORMAT = 2
+_FORMAT = 3
 
 
 def load_measurement(path: str | Path) -> Measurement | PipelineMeasurement:

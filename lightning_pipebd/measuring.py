@@ -258,6 +258,8 @@ def _put_together(
         overheads=replace(links.overheads, step_ms=max(found.step_ms for found in findings)),
         noise=_noise(findings, [own for times in classes.values() for own in times.values()]),
         model_error=_MODEL_ERROR,
+        # A rank without blocks has measured nothing.
+        jitter_ms=fmean(found.profile.jitter_ms for found in findings if found.profile.blocks),
     )
     traits = block_traits(module, is_synchronised=bench.is_synchronised)
     coupled = {block for found in findings for block in found.profile.coupled}

@@ -2,9 +2,10 @@
 
     python -m benchmarks.simulated_vs_real.main
 
-Two ranks compute for real; four and eight ranks sleep instead of computing, so that they need no cores. Everything else
-is real: processes, transport, Lightning's loop. Each plan is measured and predicted in one run: the costs are those
-that the run itself measures before it begins, and the step time is that of its slowest rank.
+Two ranks compute for real; four and eight ranks sleep instead of computing, so that they need no cores. Unsteady ranks
+sleep a quarter to seven quarters of their time, drawn at random. Everything else is real: processes, transport,
+Lightning's loop. Each plan is measured and predicted in one run: the costs are those that the run itself measures
+before it begins, and the step time is that of its slowest rank.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from random import Random
 
 import torch
 from lightning.pytorch import seed_everything
@@ -19,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.shared.ranks import run_ranks
-from benchmarks.shared.sleeping import SleepingBlock
+from benchmarks.shared.sleeping import Sleep, SleepingBlock
 from benchmarks.shared.tables import interleave, markdown_table, ratios, spread
 from benchmarks.shared.training import plain_trainer
 from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy
@@ -60,14 +62,29 @@ CASES: dict[str, tuple[int, dict[str, str]]] = {
             "joint": "joint",
         },
     ),
+    "unsteady 4": (4, {"straight": "0|1-2|3-4|5", "hybrid": "0-1*2|2-4|5", "joint": "joint"}),
 }
 
 
-def sleeping(num_blocks: int) -> tuple[nn.Module, nn.Module, list[str]]:
+class UnsteadyBlock(SleepingBlock):
+    """Sleeps as long as it is told to on average, and every time another time; on each rank another one."""
+
+    def __init__(self, forward_ms: Curve) -> None:
+        super().__init__(forward_ms)
+        self._rng = Random()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Sleep."""
+        output: torch.Tensor = Sleep.apply(
+            x, self.scale, self._rng.uniform(0.25, 1.75) * self.forward_ms.at(len(x)) / 1000
+        )
+        return output
+
+
+def sleeping(num_blocks: int, kind: type[SleepingBlock]) -> tuple[nn.Module, nn.Module, list[str]]:
     """Teacher and student whose blocks differ by a factor of two."""
     times = [0.15 * (1 + block % 3 / 2) for block in range(num_blocks)]
-    teacher = nn.Sequential(*(SleepingBlock(Curve.affine(1, ms)) for ms in times))
-    student = nn.Sequential(*(SleepingBlock(Curve.affine(1, ms)) for ms in times))
+    teacher, student = (nn.Sequential(*(kind(Curve.affine(1, ms)) for ms in times)) for _ in range(2))
     return teacher, student, [str(block) for block in range(num_blocks)]
 
 
@@ -92,7 +109,8 @@ class Distil(BlockwiseDistillationModule):
 
     def __init__(self, workload: str) -> None:
         kind, ranks = workload.split()
-        teacher, student, paths = computing() if kind == "real" else sleeping(6 if ranks == "4" else 10)
+        block = UnsteadyBlock if kind == "unsteady" else SleepingBlock
+        teacher, student, paths = computing() if kind == "real" else sleeping(6 if ranks == "4" else 10, block)
         super().__init__(teacher, student, dict(zip(paths, paths, strict=True)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -5,7 +5,8 @@
     channel     brings one message after another from one rank to another. A message waits for the sender's way out and
                 the receiver's way in, then for its latency, and then, if it is `max_in_flight` steps early, until the
                 receiver begins a later step; only then comes the next one
-    gathering   a REDUCE: starts when its last rank is there, and ends beside what the ranks go on doing
+    gathering   a sum of gradients: starts when its last rank is to be expected, and ends beside what the ranks go on
+                doing
 
 Only transfers compete, for ways out and in, so only they are taken in the order of time, from a heap; everything else
 follows from the times of what it waits for.
@@ -17,6 +18,7 @@ from collections import deque
 from heapq import heappop, heappush
 from typing import NamedTuple
 
+from lightning_pipebd.planning.jitter import expected_latest_ms
 from lightning_pipebd.planning.operations import OperationKind, Timetable
 
 __all__ = ["Recording", "run_timetable"]
@@ -95,8 +97,9 @@ class _Loop:
         self.delivered_ms = [[_UNKNOWN] * num_messages for _ in range(num_steps)]
         self.shelved_ms = [[_UNKNOWN] * num_messages for _ in range(num_steps)]
         self.last_message = [channel.messages[-1] for channel in timetable.channels]
-        self.arrivals = [[0] * len(timetable.gatherings) for _ in range(num_steps)]
-        self.arrived_ms = [[0.0] * len(timetable.gatherings) for _ in range(num_steps)]
+        self.arrivals: list[list[list[tuple[float, float]]]] = [
+            [[] for _ in timetable.gatherings] for _ in range(num_steps)
+        ]
         self.reduced_ms = [[_UNKNOWN] * len(timetable.gatherings) for _ in range(num_steps)]
         self.group_free_ms = {gathering.ranks: 0.0 for gathering in timetable.gatherings}
         self.events: list[tuple[float, int]] = []
@@ -210,9 +213,9 @@ class _Loop:
     def _join(self, rank: _Rank, target: int, time: float) -> None:
         step, gathering = rank.step, self.timetable.gatherings[target]
         rank.due_reduces.append((step, target))
-        self.arrived_ms[step][target] = max(self.arrived_ms[step][target], time)
-        self.arrivals[step][target] += 1
-        if self.arrivals[step][target] == len(gathering.ranks):
-            start = max(self.arrived_ms[step][target], self.group_free_ms[gathering.ranks])
+        arrivals = self.arrivals[step][target]
+        arrivals.append((time, gathering.variances[gathering.ranks.index(rank.number)]))
+        if len(arrivals) == len(gathering.ranks):
+            start = max(expected_latest_ms(arrivals), self.group_free_ms[gathering.ranks])
             self.group_free_ms[gathering.ranks] = self.reduced_ms[step][target] = start + gathering.duration_ms
             self.runnable += [self.ranks[member] for member in gathering.ranks]

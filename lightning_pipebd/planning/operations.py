@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
+from lightning_pipebd.planning.buckets import find_buckets
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.memory import boundary_bytes
@@ -31,7 +32,7 @@ class Operation(NamedTuple):
     Args:
         kind: What it may wait for.
         busy_ms: Time of the rank's own thread.
-        target: Number of the message of SEND and RECV, of the gathering of REDUCE.
+        target: Number of the message of SEND and RECV, of the gathering that begins with a REDUCE.
     """
 
     kind: OperationKind
@@ -58,11 +59,19 @@ class Channel(NamedTuple):
 
 
 class Gathering(NamedTuple):
-    """The REDUCE of one block: it starts when all its ranks are there and the ranks' last one is over."""
+    """The sum of one bucket: it starts when its last rank is to be expected and the ranks' sum before it is over.
+
+    Args:
+        block: The bucket's last block.
+        ranks: Ranks that reduce together.
+        duration_ms: Time of the sum.
+        variances: For each of the ranks the variance of its time of arrival, from the begin of its step on.
+    """
 
     block: int
     ranks: tuple[int, ...]
     duration_ms: float
+    variances: tuple[float, ...]
 
 
 class Timetable(NamedTuple):
@@ -116,8 +125,11 @@ class _Maker:
         self.channel_of: list[int] = []
         self.wire_ms: list[float] = []
         self.gatherings: dict[int, int] = {}
-        self.durations: list[Gathering] = []
+        self.gathered: list[Gathering] = []
+        self.variances: dict[tuple[int, int], float] = {}
         self.background_load_ms = [0.0] * len(programs)
+        self.gradient_bytes = {block: sizes.gradient_bytes for block, sizes in enumerate(costs.blocks)}
+        self.buckets: dict[int, tuple[int, ...]] = {}
 
     def make(self) -> Timetable:
         for program in self.programs:
@@ -132,7 +144,10 @@ class _Maker:
             tuple(self.channels),
             tuple(self.channel_of),
             tuple(self.wire_ms),
-            tuple(self.durations),
+            tuple(
+                gathering._replace(variances=tuple(self.variances[number, rank] for rank in gathering.ranks))
+                for number, gathering in enumerate(self.gathered)
+            ),
         )
 
     def _add_message(self, sender: int, action: Action) -> None:
@@ -152,8 +167,13 @@ class _Maker:
     def _operations(self, program: Program) -> tuple[Operation, ...]:
         operations = []
         has_waited = False
+        self.buckets = find_buckets(program, self.gradient_bytes)
+        busy_ms = self.costs.overheads.step_ms
         for action in program.actions:
             operation = self._operation(program.rank, action)
+            if operation.kind is OperationKind.REDUCE:
+                self.variances[operation.target, program.rank] = self.costs.jitter_ms * busy_ms
+            busy_ms += operation.busy_ms
             if action.kind is Kind.UPDATE and not has_waited:
                 operation = operation._replace(kind=OperationKind.FIRST_UPDATE)
                 has_waited = True
@@ -195,10 +215,14 @@ class _Maker:
         return Operation(OperationKind.SEND if is_send else OperationKind.RECV, busy_ms, number)
 
     def _reduce_operation(self, action: Action, overhead: float) -> Operation:
+        bucket = self.buckets.get(action.index)
+        if bucket is None:
+            # Its gradients are kept for those of a later block.
+            return Operation(OperationKind.COMPUTE, 0.0)
         link = self.cluster.link(self.costs, action.ranks)
-        duration = link.reduce_ms(self.costs.blocks[action.index].gradient_bytes, len(action.ranks))
+        duration = link.reduce_ms(sum(self.gradient_bytes[block] for block in bucket), len(action.ranks))
         if action.index not in self.gatherings:
-            self.gatherings[action.index] = len(self.durations)
-            self.durations.append(Gathering(action.index, action.ranks, duration))
+            self.gatherings[action.index] = len(self.gathered)
+            self.gathered.append(Gathering(action.index, action.ranks, duration, ()))
         busy_ms = overhead + link.reduce_occupation * duration
         return Operation(OperationKind.REDUCE, busy_ms, self.gatherings[action.index])

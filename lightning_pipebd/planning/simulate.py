@@ -97,8 +97,8 @@ def simulate(
 
     A rank's thread does one action after another. SEND hands over and goes on, unless the messages of `max_in_flight`
     steps ago have not been delivered to that peer; a message is taken once its receiver works on a step less than
-    `max_in_flight` behind. A rank sends, and receives, one transfer at a time. A REDUCE runs beside the thread from the
-    moment its last rank is there, and is waited for before the rank's first UPDATE. A loader works ahead of its rank.
+    `max_in_flight` behind. A rank sends, and receives, one transfer at a time. A bucket's sum runs beside the thread
+    from when its last rank is to be expected, and is waited for before the rank's first UPDATE. A loader works ahead.
     The fractions of transfers, reductions and loading that occupy the thread are those of the costs.
 
     Args:

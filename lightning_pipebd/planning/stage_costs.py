@@ -4,8 +4,9 @@ A stage lies between two cut points and divides its rows evenly among `r` equal 
 ``ceil(rows / r)`` of a job. Its cost is the largest of what one rank does side by side in a step:
 
     thread    overheads, teacher jobs, student jobs, updates, and what transfers, loading and reductions occupy; plus
-              what of the reductions is not hidden behind later student jobs: they follow one another from the moment
-              each student job ends
+              what of the reductions is not hidden behind later student jobs: they follow one another, each from the
+              moment the last student job of its bucket ends; the last one ends later by as much as the last of the
+              stage's ranks is to be expected behind the others after its jobs
     way in    the boundaries that cross the stage's first cut, and the labels; each rank gets ``1 / r``
     way out   the same at its last cut
     loader    loading beside the thread
@@ -20,11 +21,13 @@ within a stage.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from math import inf
+from math import inf, sqrt
 from typing import NamedTuple
 
+from lightning_pipebd.planning.buckets import BUCKET_BYTES
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.cut_points import CutPoint
+from lightning_pipebd.planning.jitter import lateness
 from lightning_pipebd.planning.stage_parts import Crossing, Edge, Part, PartCosts
 
 __all__ = ["StageCosts", "StageMemory", "StageUse"]
@@ -119,6 +122,9 @@ class StageMemory(StageCosts):
             yield use._replace(cost_ms=use.num_bytes / limit_bytes)
 
 
+_Sums = tuple[float, float, float, float, int, int, int, int, int]
+
+
 class _Column:
     """All stages from one cut point on one number of equal ranks."""
 
@@ -133,6 +139,8 @@ class _Column:
         self.base_ms = parts.costs.overheads.step_ms
         self.way_in_ms = self.background_ms = 0.0
         self.fixed_bytes = 0
+        # The standard deviation of work grows with its root.
+        self.lateness = lateness(num_ranks) * sqrt(parts.costs.jitter_ms)
         self.ways_out = stages.ways_out(num_ranks, is_far=crossing.behind)
         self._receive(parts.cut(self.begin, num_ranks, is_far=crossing.before, is_send=False))
         self.are_labels_here = start == 0
@@ -169,15 +177,20 @@ class _Column:
         """Go from block to block; what has come together only grows, so nothing behind an excess can fit.
 
         `learn` and `reduced` are when student jobs and reductions end if the first student job starts at 0, `live` is
-        what all boundaries so far hold, the peaks are the most that is alive during teacher and student jobs.
+        what all boundaries so far hold, the peaks are the most that is alive during teacher and student jobs. `bucket`
+        is what waits to be summed with the gradients of further blocks, or below 0.
         """
         max_in_flight, points, in_block = self.stages.max_in_flight, self.stages.points, self.stages.in_block
         teach = learn = reduced = update = 0.0
         weights = learn_peak = 0
+        bucket = -1
         live = teach_peak = self.parts.input_bytes(self.begin, self.num_ranks)
         # Millions of turns for a large cluster: local names, and no call that is not needed for every block.
         for block, part in self._passed():
-            thread_ms = self.base_ms + teach + update + (learn if learn > reduced else reduced)
+            learn_end, reduced_end = (learn, reduced) if bucket < 0 else self._sum(learn, reduced, bucket)
+            if reduced_end and self.lateness:
+                reduced_end += self.lateness * sqrt(teach + learn_end)
+            thread_ms = self.base_ms + teach + update + (learn_end if learn_end > reduced_end else reduced_end)
             num_bytes = self.fixed_bytes + weights + (teach_peak if teach_peak > learn_peak else learn_peak)
             if thread_ms > ceiling_ms or num_bytes > limit_bytes:
                 return
@@ -186,7 +199,7 @@ class _Column:
                     continue
                 out_ms, out_thread_ms, out_bytes = self.ways_out[stop]
                 if points[stop].teacher_rows:
-                    sums = (teach, learn, reduced, update, weights, live, teach_peak, learn_peak)
+                    sums = (teach, learn, reduced, update, weights, live, teach_peak, learn_peak, bucket)
                     use = self._stop_inside(stop, sums)
                     if use is not None and use.cost_ms <= ceiling_ms and use.num_bytes <= limit_bytes:
                         yield use
@@ -200,6 +213,11 @@ class _Column:
             learn += part[1]
             if part[2]:
                 reduced = (learn if learn > reduced else reduced) + part[2]
+            if part[10] >= 0:
+                bucket = part[10] + (bucket if bucket > 0 else 0)
+                if bucket >= BUCKET_BYTES:
+                    learn, reduced = self._sum(learn, reduced, bucket)
+                    bucket = -1
             update += part[3]
             weights += part[4]
             live += part[6]
@@ -223,10 +241,16 @@ class _Column:
             first = (0, 0)
         yield len(whole), None
 
+    def _sum(self, learn: float, reduced: float, bucket: int) -> tuple[float, float]:
+        """Give `learn` and `reduced` with the sum of a bucket."""
+        reduce_ms, thread_ms = self.parts.sum_ms(bucket, self.num_ranks, self.crossing.inside)
+        learn += thread_ms
+        return learn, max(learn, reduced) + reduce_ms
+
     def _part(self, block: int, first: tuple[int, int], last: tuple[int, int]) -> Part:
         return self.parts.part(self.device_class, self.num_ranks, self.crossing, block, first, last)
 
-    def _stop_inside(self, stop: int, sums: tuple[float, float, float, float, int, int, int, int]) -> StageUse | None:
+    def _stop_inside(self, stop: int, sums: _Sums) -> StageUse | None:
         """Give the stage that stops inside a block; `None` if its rows would run backwards or may not be divided."""
         point = self.stages.points[stop]
         block, last = point.block, point[1:]
@@ -235,11 +259,16 @@ class _Column:
             return None
         if self.num_ranks > 1 and block in self.stages.whole_students and last[1] > first[1]:
             return None
-        teach, learn, reduced, update, weights, live, teach_peak, learn_peak = sums
+        teach, learn, reduced, update, weights, live, teach_peak, learn_peak, bucket = sums
         part = self._part(block, first, last)
+        # No block of the bucket comes after this one, which other ranks share.
+        if bucket >= 0:
+            learn, reduced = self._sum(learn, reduced, bucket)
         learn += part.learn_ms
         if part.reduce_ms:
             reduced = max(learn, reduced) + part.reduce_ms
+        if reduced and self.lateness:
+            reduced += self.lateness * sqrt(teach + part.teach_ms + learn)
         labels, load = Edge(), (0.0, 0.0)
         if part.has_targets and not self.are_labels_here:
             labels = self.parts.labels(self.num_ranks, is_far=self.crossing.before, is_send=False)

@@ -36,8 +36,8 @@ class Part(NamedTuple):
 
     Args:
         teach_ms: Teacher job.
-        learn_ms: Student job, and what a REDUCE occupies of the thread.
-        reduce_ms: REDUCE beside the thread.
+        learn_ms: Student job, and what a sum of its gradients alone occupies of the thread.
+        reduce_ms: Sum of its gradients alone, beside the thread.
         update_ms: Update.
         weight_bytes: Parameters, gradients, optimizer state.
         input_bytes: The block's input.
@@ -45,6 +45,7 @@ class Part(NamedTuple):
         teach_bytes: What the teacher job needs for a while.
         learn_bytes: What the student job needs for a while.
         has_targets: Whether the student job reads the labels.
+        bucket_bytes: Gradients to be summed with those of other blocks of the stage; below 0 if there are none.
     """
 
     teach_ms: float
@@ -57,6 +58,7 @@ class Part(NamedTuple):
     teach_bytes: int
     learn_bytes: int
     has_targets: bool
+    bucket_bytes: int = -1
 
 
 class PartCosts:
@@ -82,6 +84,7 @@ class PartCosts:
         # Kept per object; a cache on the methods would keep every object alive.
         self.part = lru_cache(maxsize=None)(self._part)
         self.whole_parts = lru_cache(maxsize=None)(self._whole_parts)
+        self.sum_ms = lru_cache(maxsize=None)(self._sum_ms)
 
     def _whole_parts(self, device_class: str, num_ranks: int, is_inside: bool) -> list[Part]:
         crossing = Crossing(inside=is_inside)
@@ -105,20 +108,23 @@ class PartCosts:
         taught, learned = (-(-(stop - start) // num_ranks) for start, stop in zip(first, last, strict=True))
         teach_ms = times.teach_ms.at(taught) + overheads.teach_ms if taught else 0.0
         learn_ms = reduce_ms = update_ms = 0.0
+        bucket_bytes = -1
         weights = sizes.teacher_parameter_bytes if taught else 0
         if learned:
             # A student job that is shared with the stage next door is reduced with one more rank.
             is_before, is_behind = first[1] > 0, last[1] < self.num_rows
             num_sharers = num_ranks + is_before + is_behind
             is_far = crossing.inside or (is_before and crossing.before) or (is_behind and crossing.behind)
-            link = self._link(is_far)
             learn_ms = times.learn_ms.at(learned) + overheads.learn_ms
             update_ms = times.update_ms + overheads.update_ms
             weights += sizes.student_parameter_bytes + sizes.gradient_bytes + sizes.optimizer_bytes
             if num_sharers > 1:
-                reduce_ms = link.reduce_ms(sizes.gradient_bytes, num_sharers)
-                learn_ms += overheads.reduce_ms + link.reduce_occupation * reduce_ms
                 weights += sizes.gradient_bytes
+            if num_sharers > num_ranks:
+                reduce_ms, thread_ms = self.sum_ms(sizes.gradient_bytes, num_sharers, is_far)
+                learn_ms += thread_ms
+            elif num_ranks > 1:
+                bucket_bytes = sizes.gradient_bytes
         # Behind the last row of a block the whole output is there for what follows; before it, what was taught is.
         output_rows = self.num_rows if last == self.all else last[0] - first[1]
         return Part(
@@ -132,7 +138,14 @@ class PartCosts:
             taught * sizes.teach_bytes_per_row,
             learned * sizes.learn_bytes_per_row,
             bool(learned) and block in self.targets,
+            bucket_bytes,
         )
+
+    def _sum_ms(self, num_bytes: int, num_ranks: int, is_far: bool) -> tuple[float, float]:
+        """Give the time of a sum of gradients over some ranks: beside the thread, and of the thread."""
+        link = self._link(is_far)
+        reduce_ms = link.reduce_ms(num_bytes, num_ranks)
+        return reduce_ms, self.costs.overheads.reduce_ms + link.reduce_occupation * reduce_ms
 
     def cut(self, point: CutPoint, num_ranks: int, *, is_far: bool, is_send: bool) -> Edge:
         """Give what a cut costs each of the ranks on one side of it; nothing at the ends of the chain."""

@@ -92,6 +92,7 @@ class Executor:
             This rank's part of the loss of each student block that it taught rows of, detached.
         """
         self._relay.begin_step(step)
+        self._reducer.begin(program)
         state = _State(step, program.num_rows, loaded)
         last_uses = self._last_uses.get(program) or self._last_uses.setdefault(program, _find_last_uses(program))
         for index, action in enumerate(program.actions):

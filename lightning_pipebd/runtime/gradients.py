@@ -9,13 +9,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_pipebd.planning.buckets import find_buckets
+from lightning_pipebd.planning.program import Program
 from lightning_pipebd.runtime.transport import Pending, Transport
 
 __all__ = ["BlockScaler", "GradientReducer", "clip_norm_over_ranks"]
 
 
 class GradientReducer:
-    """Sum the gradients of shared student blocks over the ranks that share them.
+    """Sum the gradients of shared student blocks over the ranks that share them, small blocks together.
 
     Args:
         transport: Carries the sums.
@@ -25,20 +27,34 @@ class GradientReducer:
     def __init__(self, transport: Transport, parameters: Mapping[int, Sequence[nn.Parameter]]) -> None:
         self._transport = transport
         self._parameters = parameters
+        self._gradient_bytes = {
+            block: sum(each.nbytes for each in own if each.requires_grad) for block, own in parameters.items()
+        }
+        self._program: Program | None = None
+        self._buckets: dict[int, tuple[int, ...]] = {}
         self._under_way: list[_Sum] = []
 
+    def begin(self, program: Program) -> None:
+        """Make ready for the REDUCEs of a program."""
+        if program is not self._program:
+            self._program, self._buckets = program, find_buckets(program, self._gradient_bytes)
+
     def start(self, block: int, ranks: tuple[int, ...]) -> None:
-        """**Collective** over ``ranks``: start to sum the block's gradients; they change in :meth:`finish`."""
+        """**Collective** over ``ranks``: give a block's gradients to their sum; they change in :meth:`finish`.
+
+        The sum begins with the last block of its bucket.
+        """
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in self._parameters[block]:
-            if parameter.grad is not None and parameter.grad.is_sparse:
-                msg = (
-                    f"Student block {block}, shared by ranks {ranks}, must have dense gradients, but has a sparse one. "
-                    "Keep the block on one rank, or make its embedding with `sparse=False`."
-                )
-                raise ValueError(msg)
-            if parameter.requires_grad:
-                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for each in self._buckets.get(block, ()):
+            for parameter in self._parameters[each]:
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    msg = (
+                        f"Student block {each}, shared by ranks {ranks}, must have dense gradients, but has a sparse "
+                        "one. Keep the block on one rank, or make its embedding with `sparse=False`."
+                    )
+                    raise ValueError(msg)
+                if parameter.requires_grad:
+                    by_dtype.setdefault(parameter.dtype, []).append(parameter)
         for parameters in by_dtype.values():
             self._under_way.append(self._start_sum(parameters, ranks))
 
@@ -64,7 +80,7 @@ class GradientReducer:
 
 
 class _Sum(NamedTuple):
-    """Gradients of one type of one block that are being summed, with how many ranks had each."""
+    """Gradients of one type of one bucket that are being summed, with how many ranks had each."""
 
     pending: Pending
     parameters: list[nn.Parameter]

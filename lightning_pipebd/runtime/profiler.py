@@ -76,6 +76,7 @@ class BlockProfile:
         whole_reason: Why no rows may be divided; empty if they may.
         coupled: Measured blocks whose loss is not the mean of the losses of two parts of the batch.
         noise: Relative uncertainty of a single time.
+        jitter_ms: Variance of the time of work by the ms that it takes.
         num_rounds: How often everything was measured.
     """
 
@@ -84,6 +85,7 @@ class BlockProfile:
     whole_reason: str
     coupled: frozenset[int]
     noise: float
+    jitter_ms: float
     num_rounds: int
 
 
@@ -287,6 +289,7 @@ def profile_blocks(
         whole_reason=found.whole_reason,
         coupled=frozenset(found.coupled),
         noise=samples.noise(),
+        jitter_ms=samples.jitter_ms(),
         num_rounds=num_rounds,
     )
 

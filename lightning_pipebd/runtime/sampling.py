@@ -6,7 +6,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from math import hypot, sqrt
+from itertools import pairwise
+from math import hypot, pi, sqrt
 
 import torch
 
@@ -105,6 +106,22 @@ class Samples:
     def median_ms(self, key: Key) -> float:
         """Give the median time of one thing."""
         return median_ms(self.values[key])
+
+    def jitter_ms(self) -> float:
+        """Give the variance of the time of work by the ms that it takes; 0 if there were not two rounds.
+
+        One round is compared with the next, since ranks that slow down together do not wait for each other; and by
+        the amount of the difference, not by its square, in which a single long disturbance would count for all. What
+        is measured with the fewest rows counts: so few has a rank that shares the blocks with all others.
+        """
+        least = min((rows for _, _, rows in self.values), default=0)
+        measured = (values for (_, _, rows), values in self.values.items() if rows == least)
+        totals = [sum(values) for values in zip(*measured, strict=True)]
+        if len(totals) < 2 or not sum(totals):
+            return 0.0
+        # The expected difference of two draws from a normal distribution is 2 / sqrt(pi) of its standard deviation.
+        deviation_ms = statistics.fmean(abs(one - other) for one, other in pairwise(totals)) * sqrt(pi) / 2
+        return deviation_ms**2 / statistics.fmean(totals)
 
     def noise(self) -> float:
         """Give the relative uncertainty of a single median, long ones weighing more."""

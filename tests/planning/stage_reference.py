@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from math import sqrt
 from typing import NamedTuple
 
+from lightning_pipebd.planning.buckets import BUCKET_BYTES
 from lightning_pipebd.planning.costs import CostTable, LinkCost
 from lightning_pipebd.planning.cut_points import CutPoint
+from lightning_pipebd.planning.jitter import lateness
 from lightning_pipebd.planning.stage_parts import Crossing
 
 __all__ = ["Need", "Question", "need_of_stage"]
@@ -119,13 +122,28 @@ def _sharers(q: Question, block: int) -> int:
     return q.num_ranks + before + behind
 
 
-def _reduce_ms(q: Question, block: int) -> tuple[float, float]:
-    """Give the time of the block's REDUCE, and how much of it occupies the thread."""
-    before = block == q.start.block and q.start.student_rows > 0 and q.crossing.before
-    behind = block == q.stop.block and q.stop.student_rows < q.num_rows and q.crossing.behind
-    link, num_ranks = q.link(q.crossing.inside or before or behind), _sharers(q, block)
-    ms = link.reduce_ms(q.costs.blocks[block].gradient_bytes, num_ranks)
-    return ms, link.reduce_occupation * ms + (q.costs.overheads.reduce_ms if num_ranks > 1 else 0.0)
+def _sum_ms(q: Question, blocks: Sequence[int]) -> tuple[float, float]:
+    """Give the time of the sum of these blocks' gradients, and how much of it occupies the thread."""
+    first, last = blocks[0], blocks[-1]
+    before = first == q.start.block and q.start.student_rows > 0 and q.crossing.before
+    behind = last == q.stop.block and q.stop.student_rows < q.num_rows and q.crossing.behind
+    link, num_ranks = q.link(q.crossing.inside or before or behind), _sharers(q, first)
+    ms = link.reduce_ms(sum(q.costs.blocks[block].gradient_bytes for block in blocks), num_ranks)
+    return ms, link.reduce_occupation * ms + q.costs.overheads.reduce_ms
+
+
+def _buckets(q: Question) -> list[list[int]]:
+    """List the blocks that are summed together: neighbours are shared with one rank more, and summed alone."""
+    learned = [block for block in q.blocks if q.rows_of(block)[1]]
+    alone = [[block] for block in learned if _sharers(q, block) > q.num_ranks]
+    together: list[list[int]] = []
+    for block in learned if q.num_ranks > 1 else []:
+        if [block] in alone:
+            continue
+        if not together or sum(q.costs.blocks[other].gradient_bytes for other in together[-1]) >= BUCKET_BYTES:
+            together.append([])
+        together[-1].append(block)
+    return alone + together
 
 
 def _jobs_ms(q: Question) -> float:
@@ -133,13 +151,17 @@ def _jobs_ms(q: Question) -> float:
     taught = [block for block in q.blocks if q.rows_of(block)[0]]
     learned = [block for block in q.blocks if q.rows_of(block)[1]]
     teach_ms = sum(times[b].teach_ms.at(q.rank_rows(q.rows_of(b)[0])) + overheads.teach_ms for b in taught)
+    sums = {bucket[-1]: _sum_ms(q, bucket) for bucket in _buckets(q)}
     learns = [
-        times[b].learn_ms.at(q.rank_rows(q.rows_of(b)[1])) + overheads.learn_ms + _reduce_ms(q, b)[1] for b in learned
+        times[b].learn_ms.at(q.rank_rows(q.rows_of(b)[1])) + overheads.learn_ms + sums.get(b, (0.0, 0.0))[1]
+        for b in learned
     ]
-    reduces = [_reduce_ms(q, b)[0] for b in learned]
+    reduces = [sums.get(b, (0.0, 0.0))[0] for b in learned]
     # The thread goes on with the updates when the slowest chain of students, then reductions, has ended.
     ends = [sum(learns[: k + 1]) + sum(reduces[k:]) for k in range(len(learned)) if reduces[k]]
-    return teach_ms + max([sum(learns), *ends]) + sum(times[b].update_ms + overheads.update_ms for b in learned)
+    late = lateness(q.num_ranks) * sqrt(q.costs.jitter_ms * (teach_ms + sum(learns)))
+    learn_end = max([sum(learns), *(end + late for end in ends)])
+    return teach_ms + learn_end + sum(times[b].update_ms + overheads.update_ms for b in learned)
 
 
 def _weight_bytes(q: Question) -> int:

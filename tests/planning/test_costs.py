@@ -88,6 +88,7 @@ def test_nothing_is_loaded_in_no_time() -> None:
             r"`boundary_bytes_per_row\[1\]` must be finite and not below",
         ),
         (lambda: table(target_bytes_per_row=-1), "`target_bytes_per_row` must be finite and not below 0, but is -1"),
+        (lambda: table(jitter_ms=-1), "`jitter_ms` must be finite and not below 0, but is -1"),
         (lambda: table(noise=2), "`noise` must lie between 0 and 1, but is 2"),
         (lambda: table().times("x"), "`device_class` must be one of default, but is 'x'"),
         (
@@ -107,6 +108,12 @@ def test_nothing_is_loaded_in_no_time() -> None:
 def test_impossible_costs_are_refused(make: Callable[[], object], message: str) -> None:
     with pytest.raises(CostError, match=message):
         make()
+
+
+def test_table_that_was_written_before_there_was_jitter_is_one_of_steady_ranks() -> None:
+    data = table(noise=0.1).to_dict()
+    del data["jitter_ms"]
+    assert CostTable.from_dict(data) == table(noise=0.1, jitter_ms=0.0)
 
 
 @pytest.mark.parametrize(

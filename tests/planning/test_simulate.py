@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_pipebd.planning.bounds import find_bounds
+from lightning_pipebd.planning.buckets import BUCKET_BYTES
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable, LinkCost, LoaderCost, Overheads
 from lightning_pipebd.planning.curve import CostError
@@ -83,7 +84,7 @@ def test_way_out_carries_one_transfer_after_another() -> None:
 
 
 def test_reduction_runs_beside_later_students_and_ends_before_the_updates() -> None:
-    costs = constant_costs([(1, 2), (1, 4)], update_ms=0.25, link=LinkCost(latency_ms=1.5))
+    costs = constant_costs([(1, 2), (1, 4)], update_ms=0.25, gradient_bytes=BUCKET_BYTES, link=LinkCost(latency_ms=1.5))
     found = run("0-1*2", costs, num_steps=2)
     # Each REDUCE takes 3: the first is over when the second block has been learned, the second is waited for.
     assert lines(found, rank=1, step=0)[3:] == [
@@ -96,6 +97,19 @@ def test_reduction_runs_beside_later_students_and_ends_before_the_updates() -> N
     ]
     assert found.step_time_ms == 11.5
     assert spans_of(found, Kind.UPDATE, rank=0)[0].wait_ms == 3
+
+
+def test_small_gradients_are_summed_with_those_of_the_last_block() -> None:
+    link = LinkCost(latency_ms=1, bytes_per_ms=8, reduce_occupation=0.5)
+    costs = constant_costs([(0, 2), (0, 4), (0, 1)], gradient_bytes=8, link=link)
+    found = run("0-2*2", replace(costs, overheads=Overheads(reduce_ms=0.25)), num_steps=2)
+    # The sum takes 2 hops of half of 24 bytes: 5, of which 2.5 occupy the ranks, and the price of one REDUCE.
+    assert [(span.start_ms, span.stop_ms) for span in spans_of(found, Kind.REDUCE, rank=0)[:3]] == [
+        (2, 2),
+        (6, 6),
+        (7, 9.75),
+    ]
+    assert found.step_time_ms == 12
 
 
 def test_reduction_waits_for_its_last_rank() -> None:
@@ -133,7 +147,8 @@ def test_overheads_are_paid_per_step_and_per_action() -> None:
     )
     costs = replace(constant_costs([(0, 0), (0, 0)]), overheads=overheads)
     assert run("0|1", costs).busy_ms == (64 + 1 + 4 + 8 + 16 + 128, 64 + 2 + 4 + 16 + 128)
-    assert run("0-1*2", costs).busy_ms == (64 + 1 + 2 * (4 + 16 + 32 + 128),) * 2
+    # Both blocks are one sum.
+    assert run("0-1*2", costs).busy_ms == (64 + 1 + 2 * (4 + 16 + 128) + 32,) * 2
 
 
 def test_links_between_nodes_have_their_own_cost() -> None:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from random import Random
 
 import pytest
 
+from lightning_pipebd.planning.buckets import BUCKET_BYTES
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.cut_points import (
     CutPoint,
@@ -30,7 +32,13 @@ def differences(seed: int) -> Iterator[tuple[object, ...]]:
     """Compare every stage of one random chain with the reference."""
     rng = Random(seed)
     num_blocks, num_rows, num_ranks = rng.randint(1, 4), rng.randint(1, 16), rng.randint(1, 4)
-    costs = random_costs(rng, num_blocks)
+    costs = replace(random_costs(rng, num_blocks), jitter_ms=rng.choice([0, 0.5]))
+    if rng.random() < 0.5:
+        # Gradients that fill a bucket alone, or two by two.
+        large = [rng.choice([0, BUCKET_BYTES // 2, BUCKET_BYTES]) for _ in costs.blocks]
+        blocks = [replace(own, gradient_bytes=size) for own, size in zip(costs.blocks, large, strict=True)]
+        near, far = (replace(link, bytes_per_ms=float(BUCKET_BYTES)) for link in (costs.same_node, costs.other_node))
+        costs = replace(costs, blocks=tuple(blocks), same_node=near, other_node=far)
     targets = [block for block in range(num_blocks) if rng.random() < 0.3]
     crossing = Crossing(*(rng.random() < 0.5 for _ in range(3)))
     points = fraction_points(num_blocks, num_rows, 3)

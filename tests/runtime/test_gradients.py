@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_pipebd.planning.buckets import BUCKET_BYTES
+from lightning_pipebd.planning.program import Action, Kind, Program
 from lightning_pipebd.runtime.gradients import BlockScaler, GradientReducer
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from tests.helpers.ranks import RankError, run_threads
@@ -22,6 +24,18 @@ def make_parameters(*gradients: Tensor | None) -> list[nn.Parameter]:
     return parameters
 
 
+def program_of(blocks: Sequence[int], ranks: tuple[int, ...]) -> Program:
+    """A program that only reduces."""
+    return Program(ranks[0], 8, tuple(Action(Kind.REDUCE, block, ranks=ranks) for block in blocks))
+
+
+def reduce_blocks(reducer: GradientReducer, blocks: Sequence[int], ranks: tuple[int, ...]) -> None:
+    """Do what an executor does at the REDUCEs of a program, but for waiting."""
+    reducer.begin(program_of(blocks, ranks))
+    for block in blocks:
+        reducer.start(block, ranks)
+
+
 def reduce(make: Callable[[int], list[nn.Parameter]], num_ranks: int = 2) -> list[Any]:
     """Reduce one block over all ranks, and give each rank's gradients."""
     world = LocalWorld(num_ranks)
@@ -29,7 +43,7 @@ def reduce(make: Callable[[int], list[nn.Parameter]], num_ranks: int = 2) -> lis
     def work(rank: int) -> list[Tensor | None]:
         parameters = make(rank)
         reducer = GradientReducer(world.transports[rank], {5: parameters})
-        reducer.start(5, tuple(range(num_ranks)))
+        reduce_blocks(reducer, [5], tuple(range(num_ranks)))
         reducer.finish()
         return [parameter.grad for parameter in parameters]
 
@@ -74,7 +88,7 @@ class TestReducer:
 
     def test_block_without_parameters_exchanges_nothing(self) -> None:
         reducer = GradientReducer(LocalWorld(2).transports[0], {5: []})
-        reducer.start(5, (0, 1))
+        reduce_blocks(reducer, [5], (0, 1))
         reducer.finish()
 
     def test_memory_formats_are_kept_and_values_stay_in_their_places(self) -> None:
@@ -95,7 +109,7 @@ class TestReducer:
         parameter = make_parameters(torch.ones(3))[0]
         gradient = parameter.grad
         reducer = GradientReducer(LocalWorld(1).transports[0], {0: [parameter]})
-        reducer.start(0, (0,))
+        reduce_blocks(reducer, [0], (0,))
         reducer.finish()
         assert parameter.grad is gradient
 
@@ -105,8 +119,7 @@ class TestReducer:
         def work(rank: int) -> list[float]:
             blocks = {block: make_parameters(torch.full((3,), float(block))) for block in (1, 2)}
             reducer = GradientReducer(world.transports[rank], dict(blocks.items()))
-            for block in blocks:
-                reducer.start(block, (0, 1))
+            reduce_blocks(reducer, list(blocks), (0, 1))
             gradients = [parameters[0].grad for parameters in blocks.values()]
             before = [gradient[0].item() for gradient in gradients if gradient is not None]
             reducer.finish()
@@ -114,6 +127,48 @@ class TestReducer:
             return before + [gradient[0].item() for gradient in gradients if gradient is not None]
 
         assert run_threads(2, work) == [[1.0, 2.0, 2.0, 4.0]] * 2
+
+    def test_small_blocks_of_the_same_ranks_are_one_sum_and_large_ones_are_not_kept_back(self) -> None:
+        world = LocalWorld(2)
+        large = BUCKET_BYTES // 4  # float32
+
+        def work(rank: int) -> list[Any]:
+            sizes = {1: 3, 2: 5, 4: large, 5: 2, 6: 1}
+            blocks = {block: [nn.Parameter(torch.zeros(size))] for block, size in sizes.items()}
+            for (parameter,) in blocks.values():
+                parameter.grad = torch.full_like(parameter, rank + 1.0)
+            reducer = GradientReducer(world.transports[rank], blocks)
+            reducer.begin(program_of(list(blocks), (0, 1)))
+            under_way = []
+            for block in blocks:
+                reducer.start(block, (0, 1))
+                under_way.append(world.transports[rank]._counts["all_reduce", (0, 1)])
+            reducer.finish()
+            sums = [parameter.grad.unique().tolist() for (parameter,) in blocks.values() if parameter.grad is not None]
+            return [under_way, sums]
+
+        assert run_threads(2, work) == [[[0, 0, 1, 1, 2], [[3.0]] * 5]] * 2
+
+    def test_blocks_of_one_bucket_need_not_have_gradients_on_the_same_ranks(self) -> None:
+        world = LocalWorld(2)
+
+        def work(rank: int) -> list[Any]:
+            # Each rank has rows of one of two blocks, and nobody has rows of the third.
+            blocks = {block: make_parameters(torch.ones(3) if block == rank else None) for block in range(3)}
+            reducer = GradientReducer(world.transports[rank], dict(blocks.items()))
+            reduce_blocks(reducer, list(blocks), (0, 1))
+            reducer.finish()
+            gradients = [parameters[0].grad for parameters in blocks.values()]
+            return [None if gradient is None else gradient.tolist() for gradient in gradients]
+
+        assert run_threads(2, work) == [[[1.0] * 3, [1.0] * 3, None]] * 2
+
+    def test_sparse_gradient_is_refused_by_the_name_of_its_block(self) -> None:
+        parameter = nn.Parameter(torch.zeros(3, 2))
+        parameter.grad = torch.zeros(3, 2).to_sparse()
+        reducer = GradientReducer(LocalWorld(2).transports[0], {1: make_parameters(None), 2: [parameter]})
+        with pytest.raises(ValueError, match=r"Student block 2, shared by ranks \(0, 1\), must have dense gradients"):
+            reduce_blocks(reducer, [1, 2], (0, 1))
 
     def test_dead_rank_ends_the_wait(self) -> None:
         world = LocalWorld(2)
@@ -123,7 +178,7 @@ class TestReducer:
                 world.end(1)
                 return
             reducer = GradientReducer(world.transports[0], {0: make_parameters(torch.ones(3))})
-            reducer.start(0, (0, 1))
+            reduce_blocks(reducer, [0], (0, 1))
             reducer.finish()
 
         with pytest.raises(RankError, match="TransportError: rank 0 lost rank 1"):

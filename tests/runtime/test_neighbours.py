@@ -52,6 +52,21 @@ class TestSummation:
         assert [seen.tolist() for seen in among_neighbours(3, work)] == [expected.tolist()] * 3
         assert not torch.equal(expected, parts[2] + parts[1] + parts[0])
 
+    def test_tensors_that_are_summed_together_get_the_bits_of_sums_of_their_own(self) -> None:
+        def work(own: Neighbours, rank: int) -> list[Tensor]:
+            generator = torch.Generator().manual_seed(rank)
+            sizes = [(7,), (3, 5), (1,), (64, 9)]
+            alone = [torch.randn(size, generator=generator) * 10.0 ** (4 * rank) for size in sizes]
+            together = [tensor.clone() for tensor in alone]
+            for tensor in alone:
+                summation(own).finish(summation(own).begin([tensor]), [tensor])
+            summation(own).finish(summation(own).begin(together), together)
+            assert all(map(torch.equal, alone, together))
+            return together
+
+        first, *others = among_neighbours(4, work)
+        assert all(torch.equal(mine, theirs) for other in others for mine, theirs in zip(first, other, strict=True))
+
     def test_several_tensors_of_any_order_in_memory_keep_their_places(self) -> None:
         image = torch.arange(24.0).reshape(1, 2, 3, 4)
 

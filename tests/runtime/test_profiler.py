@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from dataclasses import replace
+from math import pi
 from typing import Any
 
 import numpy as np
@@ -115,6 +116,8 @@ def test_measuring_ends_when_the_times_are_sure_or_the_budget_is_spent() -> None
     hurried, _ = profile(make_blocks(), noise=0.9, limits={"budget_ms": 1.0})
     assert (sure.num_rounds, unsure.num_rounds, hurried.num_rounds) == (4, 12, 4)
     assert unsure.noise > 0.02
+    assert sure.jitter_ms == pytest.approx(0.0, abs=1e-9)
+    assert unsure.jitter_ms > 0.1
 
 
 def test_sizes_are_those_of_the_tensors() -> None:
@@ -211,6 +214,38 @@ def test_row_counts_lie_between_a_rank_s_part_and_the_batch(
     assert counts[-1] == num_rows
     assert counts[0] == -(-num_rows // num_ranks)
     assert len(counts) == len(expected)
+
+
+def rounds_of(*rounds_ms: tuple[float, ...]) -> Samples:
+    samples = Samples(Clock())
+    for times in rounds_ms:
+        for block, ms in enumerate(times):
+            samples.values["learn", block, 8].append(ms)
+    return samples
+
+
+def test_jitter_is_the_variance_of_rounds_by_their_time() -> None:
+    rng = random.Random(0)
+    rounds = [(rng.gauss(60, 3), rng.gauss(40, 4)) for _ in range(2000)]
+    assert rounds_of(*rounds).jitter_ms() == pytest.approx(25 / 100, rel=0.1)
+
+
+def test_slow_change_is_no_jitter_and_one_long_disturbance_is_not_all_of_it() -> None:
+    drifting = [(100 + round_ / 10,) for round_ in range(100)]
+    assert rounds_of(*drifting).jitter_ms() < 1e-4
+    # The square of 200 ms in one round of 101 would be a variance of 400; ranks wait that long once, 4 ms in the mean.
+    assert rounds_of(*[(100,)] * 50, (300,), *[(100,)] * 50).jitter_ms() == pytest.approx(pi * 2**2 / 102, rel=0.02)
+
+
+def test_jitter_is_that_of_a_rank_s_part_of_the_rows() -> None:
+    samples = rounds_of((10,), (14,), (10,))
+    samples.values["learn", 0, 16] += [40, 80, 10]
+    assert samples.jitter_ms() == rounds_of((10,), (14,), (10,)).jitter_ms() > 0
+
+
+@pytest.mark.parametrize("rounds", [[], [(5.0,)], [(0.0,), (0.0,)]])
+def test_without_two_rounds_that_take_time_there_is_no_jitter(rounds: list[tuple[float, ...]]) -> None:
+    assert rounds_of(*rounds).jitter_ms() == 0.0
 
 
 def test_uncertainty_shrinks_with_the_number_of_measurements() -> None:
