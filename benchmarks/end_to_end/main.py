@@ -84,6 +84,9 @@ class SleepingJobs:
     def follow(self, block: int) -> None:
         pass
 
+    def stay(self, block: int) -> None:
+        pass
+
 
 def programs_of(variant: str, num_ranks: int, ratio: float, per_rank: int) -> list[tuple[PipelineProgram, ...]]:
     """Give the programs of the first step and of every other; a batch has some micro-batches for each rank."""
@@ -147,7 +150,8 @@ def step_time_ms(
 def measure(num_ranks: int, ratio: float, forward_s: float, per_rank: int, repeats: int) -> None:
     """Print a line for each variant."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (num_ranks, ratio, forward_s, per_rank, repeats, folder), nprocs=num_ranks)
+        arguments = (num_ranks, ratio, forward_s, per_rank, repeats, folder)
+        mp.spawn(run_rank, arguments, nprocs=num_ranks)  # type: ignore[attr-defined,no-untyped-call]  # torch's own
         texts = [Path(folder, f"{rank}.txt").read_text().splitlines() for rank in range(num_ranks)]
     # In the steady state all ranks have one pace; over few steps the slowest tells it.
     runs = [(lines[0].split()[0], max(float(line.split()[1]) for line in lines)) for lines in zip(*texts, strict=True)]
