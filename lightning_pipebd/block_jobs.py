@@ -14,7 +14,7 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.scaling import BlockScalers
 
-__all__ = ["BlockJobs"]
+__all__ = ["BlockJobs", "step_context"]
 
 
 def step_context(plugin: Precision) -> Callable[[], AbstractContextManager[None]]:

@@ -17,6 +17,7 @@ over the turns, with the least and the greatest. Memory is the peak of the proce
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import statistics
@@ -208,6 +209,8 @@ class Runner:
 def serve(workload: str, variant: str) -> None:
     """Train a turn for every line of the standard input, and tell its times; then the peak of the memory."""
     for _ in sys.stdin:
+        # Trainers are circles: those of the turns before would lie between the memory of this one.
+        gc.collect()
         cpu_ms, wall_ms = VARIANTS[variant](workload).step_ms()
         sys.stdout.write(f"\n{_ANSWER}{cpu_ms} {wall_ms}\n")
         sys.stdout.flush()
