@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning.pytorch.plugins import Precision
@@ -12,7 +14,16 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.scaling import BlockScalers
 
-__all__ = ["BlockJobs"]
+__all__ = ["BlockJobs", "step_context"]
+
+
+def step_context(plugin: Precision) -> Callable[[], AbstractContextManager[None]]:
+    """Give the plugin's context for a training step, or one that does nothing where the plugin's does nothing."""
+    kind = type(plugin)
+    is_plain = (
+        kind.train_step_context is Precision.train_step_context and kind.forward_context is Precision.forward_context
+    )
+    return nullcontext if is_plain else plugin.train_step_context
 
 
 class BlockJobs:
@@ -30,20 +41,21 @@ class BlockJobs:
         self._module = module
         self._plugin = plugin
         self._scalers = scalers
+        self._context = step_context(plugin)
         self.optimizer: Optimizer | None = None
         self.batch_idx = 0
         self.num_accumulated = 1
 
     def teach(self, block: int, boundary: Any) -> Any:
         """Give the next boundary."""
-        with self._plugin.train_step_context():
+        with self._context():
             return self._module.teach(block, boundary)
 
     def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
         """Add the gradients of some rows' part of the batch's mean loss; give that part, detached."""
         is_part = rows.num_rows < num_rows
         first_row = rows.start if is_part else 0
-        with self._plugin.train_step_context():
+        with self._context():
             loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
         if is_part:
             loss = loss * (rows.num_rows / num_rows)

@@ -8,10 +8,11 @@ from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_pipebd.fit_callbacks import FitCallback
 from lightning_pipebd.lightning_internals import is_logging_step, logging_step
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
@@ -30,7 +31,7 @@ class _Report(NamedTuple):
     num_posted: int
 
 
-class BlockMetrics(Callback):
+class BlockMetrics(FitCallback):
     """Bring every block's loss to the logger of rank 0, their sum to its progress bar, and epoch means to every rank.
 
     Between epochs nothing waits: a rank posts its losses when a logging step is due, and rank 0 writes the row of a
@@ -60,7 +61,7 @@ class BlockMetrics(Callback):
         self._outbox = Outbox(transport, [0], Lane.METRICS) if transport.rank in others else None
         self._rows: dict[int, dict[int, dict[LossName, float]]] = defaultdict(dict)  # step -> rank -> block -> loss
         self._epochs: dict[int, int] = {}
-        self._sums: dict[LossName, Tensor] = {}
+        self._sums: dict[tuple[LossName, ...], Tensor] = {}  # of the steps that had these losses
         self._num_rows = 0
         self._num_posted = 0
         self._num_received: dict[int, int] = defaultdict(int)
@@ -70,9 +71,11 @@ class BlockMetrics(Callback):
         """Take in this rank's parts of the block losses of a batch; reads no value from the device."""
         self._latest = dict(losses)
         self._num_rows += num_rows
-        for block, loss in losses.items():
-            weighted = loss.double() * num_rows
-            self._sums[block] = self._sums[block] + weighted if block in self._sums else weighted
+        if not losses:
+            return
+        names, device = tuple(losses), next(iter(losses.values())).device
+        weighted = torch.stack([loss.reshape(()).to(device) for loss in losses.values()]).double() * num_rows
+        self._sums[names] = self._sums[names] + weighted if names in self._sums else weighted
 
     @property
     def latest(self) -> dict[Any, Tensor]:
@@ -103,7 +106,9 @@ class BlockMetrics(Callback):
         """Post or write the block losses if Lightning logs at this step."""
         if isinstance(outputs, dict) and self._latest:
             # The closure's own loss is a stand-in: the real ones exist only after the program has run.
-            outputs["loss"] = metrics_of(pl_module, self._latest)["train/loss"] / trainer.accumulate_grad_batches
+            total = metrics_of(pl_module, self._latest)["train/loss"]
+            num_batches = trainer.accumulate_grad_batches
+            outputs["loss"] = total if num_batches == 1 else total / num_batches
         if is_logging_step(trainer):
             step = logging_step(trainer)
             if self._transport.rank == 0:
@@ -122,7 +127,7 @@ class BlockMetrics(Callback):
         The user's hooks that follow, up to ``on_train_end``, find the whole student on every rank.
         """
         self._assemble_student()
-        mine = _Report(_read(self._sums), _read(self._latest), self._num_posted)
+        mine = _Report(self._read_sums(), _read(self._latest), self._num_posted)
         everyone = [_Report(*report) for report in self._transport.all_gather_object(tuple(mine))]
         for peer, mailbox in self._mailboxes.items():
             while self._num_received[peer] < everyone[peer].num_posted:
@@ -137,6 +142,13 @@ class BlockMetrics(Callback):
                 _show(pl_module, latest)
                 pl_module.log_dict({f"{key}_epoch": total / self._num_rows for key, total in sums.items()})
         self._sums, self._num_rows = {}, 0
+
+    def _read_sums(self) -> dict[LossName, float]:
+        sums: dict[LossName, float] = defaultdict(float)
+        for names, values in self._sums.items():
+            for name, value in zip(names, values.tolist(), strict=True):
+                sums[name] += value
+        return dict(sums)
 
     def _post(self, step: int) -> None:
         assert self._outbox is not None

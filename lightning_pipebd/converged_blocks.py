@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_pipebd.fit_callbacks import FitCallback
 from lightning_pipebd.module import BlockwiseDistillationModule
 
 __all__ = ["ConvergedBlocks", "stands_still"]
@@ -29,7 +30,7 @@ def stands_still(means: Sequence[float]) -> bool:
     return min(means[-_NUM_EPOCHS:]) > (1 - _LEAST_GAIN) * means[-_NUM_EPOCHS - 1]
 
 
-class ConvergedBlocks(Callback):
+class ConvergedBlocks(FitCallback):
     """Say once of every block that its mean loss has stopped falling, and what could be done."""
 
     def __init__(self) -> None:

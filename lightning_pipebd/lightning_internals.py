@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from subprocess import Popen
@@ -19,7 +19,7 @@ from lightning.fabric.utilities.distributed import (
     _sync_ddp_if_available,
 )
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch import Tensor
@@ -36,15 +36,14 @@ __all__ = [
     "ProcessGroupStrategy",
     "StagedBatch",
     "StagedBatchModule",
-    "add_callback",
     "before_transfer",
     "begin_next_epoch",
     "follow_requeue_signal",
     "is_logging_step",
     "launched_processes",
+    "log_again",
     "logging_step",
     "redirect_signals",
-    "remove_callback",
     "request_train_loader",
     "seed_workers",
     "set_device",
@@ -52,7 +51,6 @@ __all__ = [
     "silence_resume_warning",
     "silence_sigterm_broadcast",
     "stops_between_batches",
-    "user_callbacks",
     "validates_by_time",
     "without_train_loader",
 ]
@@ -92,6 +90,14 @@ class StagedBatchModule(LightningModule):
             yield
         finally:
             del self._is_measured
+
+    @override
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning names the present hook some forty times a step; torch looks each time whether that is a parameter.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
@@ -337,6 +343,26 @@ def is_logging_step(trainer: Trainer) -> bool:
     return is_due or trainer.should_stop or bool(getattr(trainer, "fast_dev_run", False))
 
 
+def log_again(module: StagedBatchModule, values: Mapping[str, Tensor], batch_size: int) -> bool:
+    """Log values that the present hook has logged before, with the same settings; tell whether that was done.
+
+    Lightning's own way checks name, value and settings of each value at each step, which costs more than a small block.
+    It is needed the first time, at the first batch of an epoch, and where the user has another way to log.
+    """
+    ways = (getattr(module.log, "__func__", None), getattr(module.log_dict, "__func__", None))
+    if ways != (StagedBatchModule.log, LightningModule.log_dict) or module._is_measured or module.shares_logs:
+        return False
+    hook, results, connector = module._current_fx_name, module.trainer._results, module.trainer._logger_connector
+    if hook is None or results is None or connector.should_reset_tensors(hook):
+        return False
+    if not all(f"{hook}.{name}" in results and value.dim() == 0 for name, value in values.items()):
+        return False
+    for name, value in values.items():
+        results.update_metrics(f"{hook}.{name}", value, batch_size)
+    connector._current_fx = hook
+    return True
+
+
 def set_device(module: LightningModule, device: torch.device) -> None:
     """Let ``module.device`` tell where the blocks compute; some of its parameters may be elsewhere."""
     module._device = device
@@ -356,23 +382,6 @@ def without_train_loader(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         loop._combined_loader, loop._data_fetcher = before
-
-
-def add_callback(trainer: Trainer, callback: Callback, *, is_last: bool = False) -> None:
-    """Add a callback for this fit, before the user's: its values are there when theirs look for them; or after."""
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # Lightning's connectors set it
-    callbacks.insert(len(callbacks) if is_last else 0, callback)
-
-
-def remove_callback(trainer: Trainer, callback: Callback) -> None:
-    """Take back what :func:`add_callback` did."""
-    if callback in trainer.callbacks:  # type: ignore[attr-defined]
-        trainer.callbacks.remove(callback)  # type: ignore[attr-defined]
-
-
-def user_callbacks(trainer: Trainer) -> list[Callback]:
-    """Give the trainer's callbacks."""
-    return list(trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def validates_by_time(trainer: Trainer) -> bool:

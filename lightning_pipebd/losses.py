@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["BLOCK_LOSSES", "kl_divergence", "mean_squared_error", "soft_cross_entropy"]
+__all__ = ["BLOCK_LOSSES", "kl_divergence", "mean_squared_error", "resolve_loss", "soft_cross_entropy"]
 
 
 def mean_squared_error(student_output: Any, teacher_output: Any) -> Tensor:
@@ -91,7 +91,23 @@ BLOCK_LOSSES: Mapping[str, Callable[[Any, Any], Tensor]] = {
 """Names that ``block_losses`` understands."""
 
 
+def resolve_loss(loss: str | Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """Give the function that a user named or gave.
+
+    Raises:
+        ValueError: The name is no loss's.
+    """
+    if callable(loss):
+        return loss
+    if loss not in BLOCK_LOSSES:
+        msg = f"`block_losses` must name one of {', '.join(BLOCK_LOSSES)}, but names {loss!r}. Or give a function."
+        raise ValueError(msg)
+    return BLOCK_LOSSES[loss]
+
+
 def _trained_pairs(student_output: Any, teacher_output: Any) -> list[tuple[Tensor, Tensor]]:
+    if isinstance(student_output, Tensor) and isinstance(teacher_output, Tensor) and student_output.requires_grad:
+        return [(student_output, teacher_output)]
     student_leaves, student_form = pytree.tree_flatten(student_output)
     teacher_leaves, teacher_form = pytree.tree_flatten(teacher_output)
     if student_form != teacher_form:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from typing_extensions import override
 
 from lightning_pipebd.block_momentum import BlockMomentum, first_teacher
 from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.losses import BLOCK_LOSSES
+from lightning_pipebd.lightning_internals import log_again
+from lightning_pipebd.losses import BLOCK_LOSSES, resolve_loss
 from lightning_pipebd.nonfinite import FiniteGuard
 from lightning_pipebd.runtime.block_calls import BlockCalls
 from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
@@ -21,6 +23,7 @@ from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.compiling import compile_options
 from lightning_pipebd.runtime.momentum import Buffers
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
+from lightning_pipebd.runtime.random_use import PythonDrawing
 from lightning_pipebd.runtime.row_trees import count_rows
 
 __all__ = ["BlockwiseDistillationModule"]
@@ -127,11 +130,12 @@ class BlockwiseDistillationModule(DistillationModule):
         )
         self.target_blocks = frozenset(pairs.resolve_keys(dict.fromkeys(target_blocks), "target_blocks"))
         self._losses = {
-            block: _resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
+            block: resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
         }
         self.finite_guard = FiniteGuard(on_nonfinite)
         self._frozen: set[int] = set()
         self._still: set[int] = set()
+        self._python_drawing = PythonDrawing()
         self.compile_options = compile_options(compile)
         self._teacher_calls = BlockCalls(pairs.teacher, "teacher", self.compile_options)
         self._student_calls = BlockCalls(pairs.student, "student", self.compile_options)
@@ -254,13 +258,23 @@ class BlockwiseDistillationModule(DistillationModule):
         """
         if self.finite_guard.keeps_buffers:
             self.finite_guard.before_block(block, self.block_buffers(block))
-        coordinates = (self.trainer.current_epoch, batch_idx, block, first_row)
-        with random_stream(stream_key(self.random_seed, *coordinates), self.device):
+        epoch = self.trainer.current_epoch
+        key = stream_key(self.random_seed, epoch, batch_idx, block, first_row)
+        may_draw = self._python_drawing.may_draw(block, epoch, self._modules_of)
+        with random_stream(key, self.device, with_python=may_draw):
             loss = self._rate(block, boundary, teacher_output, targets)
         # With gradients until here: by them a loss tells hidden states from masks.
         loss = loss.detach() if block in self._frozen else loss
         self.finite_guard.note_loss(block, loss)
         return loss
+
+    def _modules_of(self, block: int) -> list[nn.Module] | None:
+        """Give the modules that run for a block, or nothing if functions of the user's do, too."""
+        own_loss = getattr(self.block_loss, "__func__", None) is BlockwiseDistillationModule.block_loss
+        if not own_loss or self._losses.get(block, BLOCK_LOSSES["mse"]) not in BLOCK_LOSSES.values():
+            return None
+        adapters = (self.adapters[key] for key in (f"input_{block}", f"output_{block}") if key in self.adapters)
+        return [self.block_pairs.student.blocks[block], *adapters]
 
     def rate_blocks(self, batch: Any) -> list[Tensor]:
         """Give every block's loss on a batch, as it is in the mode that the module is in; trains nothing.
@@ -307,17 +321,22 @@ class BlockwiseDistillationModule(DistillationModule):
 
     def metrics(self, losses: Mapping[int, Any]) -> dict[str, Any]:
         """Name the blocks' losses as they are logged, and add their sum."""
-        values = {self.block_key(block): loss for block, loss in sorted(losses.items())}
+        values = {self._keys[block]: loss for block, loss in sorted(losses.items())}
         return {**values, "train/loss": sum(losses.values())}
 
+    @cached_property
+    def _keys(self) -> list[str]:
+        return [self.block_key(block) for block in range(self.num_blocks)]
+
     def _log_losses(self, losses: dict[int, Tensor], total: Tensor, num_rows: int) -> None:
-        values = {self.block_key(block): loss for block, loss in losses.items()} | {"train/loss": total}
-        for key, value in values.items():
-            # A number for every block does not fit on a progress bar.
-            is_sum = key == "train/loss"
-            self.log(key, value, prog_bar=is_sum, on_step=True, on_epoch=False, batch_size=num_rows)
+        values = {self._keys[block]: loss for block, loss in losses.items()} | {"train/loss": total}
+        if not log_again(self, values, num_rows):
+            for key, value in values.items():
+                # A number for every block does not fit on a progress bar.
+                self.log(key, value, prog_bar=key == "train/loss", on_step=True, on_epoch=False, batch_size=num_rows)
         means = {f"{key}_epoch": value for key, value in values.items()}
-        self.log_dict(means, on_step=False, on_epoch=True, batch_size=num_rows, sync_dist=True)
+        if not log_again(self, means, num_rows):
+            self.log_dict(means, on_step=False, on_epoch=True, batch_size=num_rows, sync_dist=True)
 
     @override
     def train(self, mode: bool = True) -> BlockwiseDistillationModule:
@@ -379,12 +398,3 @@ class BlockwiseDistillationModule(DistillationModule):
         self.finite_guard.load(checkpoint)
         if self.block_momentum is not None:
             self.block_momentum.load(checkpoint)
-
-
-def _resolve_loss(loss: str | Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
-    if callable(loss):
-        return loss
-    if loss not in BLOCK_LOSSES:
-        msg = f"`block_losses` must name one of {', '.join(BLOCK_LOSSES)}, but names {loss!r}. Or give a function."
-        raise ValueError(msg)
-    return BLOCK_LOSSES[loss]

@@ -17,15 +17,10 @@ from typing_extensions import override
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data import num_trained, save_position
 from lightning_pipebd.data_position import RandomMoment
+from lightning_pipebd.fit_callbacks import add_callback, remove_callback
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import start_watcher
-from lightning_pipebd.lightning_internals import (
-    ProcessGroupStrategy,
-    add_callback,
-    remove_callback,
-    seed_workers,
-    set_device,
-)
+from lightning_pipebd.lightning_internals import ProcessGroupStrategy, seed_workers, set_device
 from lightning_pipebd.pipeline_data import AheadHeaderLoader, AheadLoader, Announced
 from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
 from lightning_pipebd.pipeline_measuring import student_modules

@@ -21,15 +21,10 @@ from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.converged_blocks import ConvergedBlocks
 from lightning_pipebd.data import HeaderLoader, TrainLoader, header_loader, num_trained, save_position
 from lightning_pipebd.data_position import DataPosition
+from lightning_pipebd.fit_callbacks import add_callback, remove_callback
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import watch_plan
-from lightning_pipebd.lightning_internals import (
-    ProcessGroupStrategy,
-    add_callback,
-    remove_callback,
-    seed_workers,
-    set_device,
-)
+from lightning_pipebd.lightning_internals import ProcessGroupStrategy, seed_workers, set_device
 from lightning_pipebd.loaded_boundaries import load_boundaries
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.compiler import compile_programs

@@ -11,11 +11,12 @@ import signal
 import socket
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_pipebd.fit_callbacks import FitCallback
 from lightning_pipebd.lightning_internals import (
     follow_requeue_signal,
     redirect_signals,
@@ -30,7 +31,7 @@ __all__ = ["SignalFollower", "describe_end", "give_exit_status", "handle_signals
 _STATUS = 128 + signal.SIGTERM
 
 
-class SignalFollower(Callback):
+class SignalFollower(FitCallback):
     """Do what signals asked for, on all ranks after the same step.
 
     SIGTERM ends the run there; SLURM's requeue signal has all ranks save, and rank 0 requeue the job. In an evaluation,

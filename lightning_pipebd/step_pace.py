@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_pipebd.fit_callbacks import FitCallback
 from lightning_pipebd.planning.quantities import format_ms
 
 __all__ = ["StepPace", "compare", "has_drifted"]
@@ -16,7 +17,7 @@ _MIN_STEPS = 8
 _DRIFT = 1.25
 
 
-class StepPace(Callback):
+class StepPace(FitCallback):
     """Note when this rank's batches end; validation in between does not count."""
 
     def __init__(self) -> None:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.baselines.variants import VARIANTS, Chores
 from benchmarks.emulated.cost_tables import TABLES, scaled, work_bound_ms
 from benchmarks.end_to_end.main import foresee
+from benchmarks.gpu.main import VARIANTS as GPU_VARIANTS
+from benchmarks.gpu.main import Contender, Turn, measure
+from benchmarks.gpu.main import main as gpu_main
+from benchmarks.gpu.models import SMALL_MODELS
 from benchmarks.shared.tables import Spread, interleave, markdown_table, ratios
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +31,8 @@ _SMALLEST = """
 from benchmarks.baselines.main import main as baselines
 from benchmarks.emulated.main import main as emulated
 baselines(["--models", "thin", "--repeats", "1", "--steps", "1"])
+from benchmarks.gpu.main import main as gpu
+gpu("--device cpu --small --models vgg decoder --steps 1 --warm-up 1 --repeats 1".split())
 emulated(["--ranks", "2", "--tables", "Pipe-BD", "--repeats", "1", "--steps", "1", "--work-ms", "20"])
 from benchmarks.shared.ranks import run_side_by_side
 try:
@@ -62,6 +72,43 @@ def test_baselines_print_a_line_for_every_variant(printed: str) -> None:
     for name in VARIANTS:
         cells = next(line for line in lines if line.startswith(f"| {name} |")).split(" | ")
         assert float(cells[1].split()[0]) > 0
+
+
+@pytest.mark.spawn
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_one_device_prints_its_name_and_a_line_for_every_variant_that_a_cpu_can_show(printed: str) -> None:
+    assert re.search(r"^Device: .+ \(cpu\); torch ", printed, re.MULTILINE)
+    assert "failed: " not in printed.partition("failed: A process failed")[0]
+    tables = printed.partition("Device: ")[2]
+    for name, variant in GPU_VARIANTS.items():
+        lines = [line.split(" | ") for line in tables.splitlines() if line.startswith(f"| {name} |")]
+        assert len(lines) == (0 if variant.needs_gpu else 1 if variant.channels_last else 2)
+        assert all(float(cells[2]) > 0 and float(cells[5].rstrip("% |")) > 0 for cells in lines)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_told_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        gpu_main(["--device", "cuda"])
+    assert "Choose `--device cpu --small`" in capsys.readouterr().err
+
+
+def test_a_variant_that_fails_leaves_the_others_their_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = argparse.Namespace(device="cpu", warm_up=1, steps=1, repeats=2, small=True)
+    broken = dataclasses.replace(GPU_VARIANTS["plain PyTorch"], options={"on_nonfinite": "raise"})
+    monkeypatch.setitem(GPU_VARIANTS, "broken", broken)
+    train = Contender.train
+
+    def train_or_fail(self: Contender, *args: Any) -> Turn:
+        if self.variant is broken:
+            raise RuntimeError("no such\nkernel")
+        return train(self, *args)
+
+    monkeypatch.setattr(Contender, "train", train_or_fail)
+    table = measure(SMALL_MODELS["vgg"](), ["broken", "plain PyTorch"], settings)
+    assert "* broken failed: no such kernel" in table
+    assert "| plain PyTorch | " in table
 
 
 @pytest.mark.spawn

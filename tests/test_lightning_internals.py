@@ -17,19 +17,21 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_pipebd.lightning_internals as internals
+from lightning_pipebd.fit_callbacks import FitCallback, add_callback, remove_callback, user_callbacks
 from lightning_pipebd.lightning_internals import (
     StagedBatch,
     StagedBatchModule,
-    add_callback,
     redirect_signals,
-    remove_callback,
     request_train_loader,
     set_terminated,
     silence_sigterm_broadcast,
-    user_callbacks,
     validates_by_time,
     without_train_loader,
 )
@@ -49,6 +51,8 @@ FUNCTIONS: list[tuple[Any, list[str]]] = [
     (_FitLoop._should_accumulate, ["self"]),
     (LightningModule._on_before_batch_transfer, ["self", "batch", "dataloader_idx"]),
     (ParallelStrategy._configure_launcher, ["self"]),
+    (_ResultCollection.update_metrics, ["self", "key", "value", "batch_size"]),
+    (_LoggerConnector.should_reset_tensors, ["self", "fx"]),
     (ParallelStrategy.reduce_boolean_decision, ["self", "decision", "all"]),
 ]
 
@@ -157,6 +161,39 @@ def test_a_callback_is_put_before_the_users_and_taken_away_again() -> None:
     remove_callback(trainer, ours)
     remove_callback(trainer, ours)
     assert user_callbacks(trainer) == before
+
+
+class Noting(FitCallback):
+    def __init__(self) -> None:
+        self.seen: list[str] = []
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append("on_train_batch_end")
+
+    def on_after_backward(self, *_: Any) -> None:
+        self.seen.append("on_after_backward")
+
+
+class NotingHooks(StagedBatchModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+        self.hooks: list[str | None] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.hooks.append(self._current_fx_name)
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_lightning_calls_only_the_hooks_that_a_callback_of_a_fit_has() -> None:
+    noting, module = Noting(), NotingHooks()
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=[noting], fast_dev_run=1)
+    trainer.fit(module, DataLoader(torch.zeros(1, 1)))
+    assert noting.seen == ["on_after_backward", "on_train_batch_end"]
+    assert module.hooks == ["training_step"]
 
 
 class Transferring(StagedBatchModule):

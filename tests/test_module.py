@@ -256,6 +256,13 @@ def test_adapters_are_saved_but_are_no_part_of_the_student() -> None:
     assert module(torch.randn(2, 6)).shape == (2, 5)
 
 
+def test_parameters_of_a_block_are_found_behind_a_wrapper() -> None:
+    module = Pair(linear(2, 2, 2), linear(2, 2, 2), {"0": "0", "1": "1"})
+    before = module.block_parameters(0)
+    module.student[0] = torch.compile(module.student[0])  # type: ignore[operator]  # a Sequential
+    assert all(found is own for found, own in zip(module.block_parameters(0), before, strict=True))
+
+
 def test_buffers_of_a_block_are_those_of_its_adapters_too() -> None:
     norm = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8))
     module = Pair(linear(6, 8), linear(6, 3), {"0": "0"}, adapters={"0": norm})

@@ -15,17 +15,31 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 
 from lightning_pipebd import BlockwiseDistillationModule
 
-__all__ = ["WORKLOADS", "Distil", "Rows", "SomeBlocks", "Workload"]
+__all__ = [
+    "MOBILENET_PATHS",
+    "WORKLOADS",
+    "Distil",
+    "Rows",
+    "SomeBlocks",
+    "Workload",
+    "convolutions",
+    "decoder",
+    "mobilenet",
+    "separable",
+    "vgg",
+]
 
 _NUM_STORED = 16
 _VOCABULARY = 512
 
 
-def _convolutions(pairs: list[tuple[int, int]]) -> list[nn.Module]:
+def convolutions(pairs: list[tuple[int, int]]) -> list[nn.Module]:
+    """Give convolutions of 3 x 3."""
     return [layer for pair in pairs for layer in (nn.Conv2d(*pair, 3, padding=1), nn.ReLU())]
 
 
-def _separable(pairs: list[tuple[int, int]]) -> list[nn.Module]:
+def separable(pairs: list[tuple[int, int]]) -> list[nn.Module]:
+    """Give convolutions of 3 x 3, depthwise-separable."""
     layers: list[nn.Module] = []
     for inputs, outputs in pairs:
         layers += [nn.Conv2d(inputs, inputs, 3, padding=1, groups=inputs), nn.Conv2d(inputs, outputs, 1), nn.ReLU()]
@@ -52,13 +66,13 @@ def mobilenet(expansion: int) -> nn.Module:
 
 
 _MOBILENET_STAGES = ((24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1))
-_MOBILENET_PATHS = [*(f"features.{last}" for last in (1, 3, 6, 10, 13, 16, 18)), "classifier"]
+MOBILENET_PATHS = [*(f"features.{last}" for last in (1, 3, 6, 10, 13, 16, 18)), "classifier"]
 
 
 def thin(num_blocks: int, num_layers: int) -> nn.Module:
     """Many convolutions with next to nothing to compute: a call costs more than the work in it."""
     blocks = [nn.Sequential(nn.Conv2d(3, 8, 1))]
-    blocks += [nn.Sequential(*_convolutions([(8, 8)] * num_layers)) for _ in range(num_blocks - 1)]
+    blocks += [nn.Sequential(*convolutions([(8, 8)] * num_layers)) for _ in range(num_blocks - 1)]
     return nn.Sequential(*blocks)
 
 
@@ -94,9 +108,9 @@ class Embedding(nn.Module):
         return embedded
 
 
-def decoder(hidden: int, *, width: int = 192, num_layers: int = 8, length: int = 64) -> nn.Module:
+def decoder(hidden: int, *, width: int = 192, num_layers: int = 8, length: int = 64, num_heads: int = 4) -> nn.Module:
     """A decoder transformer; the first block embeds too, and the last one makes logits."""
-    layers = [DecoderLayer(width, 4, hidden) for _ in range(num_layers)]
+    layers = [DecoderLayer(width, num_heads, hidden) for _ in range(num_layers)]
     head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, _VOCABULARY, bias=False))
     return nn.Sequential(nn.Sequential(Embedding(width, length), layers[0]), *layers[1:], head)
 
@@ -158,7 +172,7 @@ def _indices(num_blocks: int) -> list[str]:
 WORKLOADS = {
     "vgg": Workload(
         "CIFAR-shaped: VGG-16 of half width, student of depthwise-separable convolutions; 6 blocks, 32 rows",
-        lambda: (vgg(_convolutions, 32), vgg(_separable, 32)),
+        lambda: (vgg(convolutions, 32), vgg(separable, 32)),
         _indices(6),
         32,
         partial(torch.zeros, 3, 32, 32),
@@ -167,7 +181,7 @@ WORKLOADS = {
     "mobilenet": Workload(
         "ImageNet-shaped: MobileNetV2, student with half the expansion, BatchNorm in both; 8 blocks, 4 rows",
         lambda: (mobilenet(6), mobilenet(3)),
-        _MOBILENET_PATHS,
+        MOBILENET_PATHS,
         4,
         partial(torch.zeros, 3, 224, 224),
         {"classifier": "soft_cross_entropy"},
@@ -201,13 +215,19 @@ WORKLOADS = {
 
 
 class Distil(BlockwiseDistillationModule):
-    """A workload's pair."""
+    """A workload's pair.
 
-    def __init__(self, name: str) -> None:
-        workload = WORKLOADS[name]
-        teacher, student = workload.models()
-        paths = dict(zip(workload.paths, workload.paths, strict=True))
-        super().__init__(teacher, student, paths, block_losses=workload.losses)
+    Args:
+        workload: The workload, or its name.
+        options: Of the module.
+    """
+
+    def __init__(self, workload: str | Workload, **options: Any) -> None:
+        chosen = WORKLOADS[workload] if isinstance(workload, str) else workload
+        teacher, student = chosen.models()
+        paths = dict(zip(chosen.paths, chosen.paths, strict=True))
+        super().__init__(teacher, student, paths, block_losses=chosen.losses, **options)
+        self.workload = chosen
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.trainable_parameters(), lr=1e-4)

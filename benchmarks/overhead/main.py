@@ -1,6 +1,6 @@
 """What the module and the strategy cost beside the computation, against a loop written by hand.
 
-    python benchmarks/overhead/main.py
+    python -m benchmarks.overhead.main
 
 One process, one thread, the same blocks, data, losses and optimizer in all variants:
 
@@ -9,13 +9,15 @@ One process, one thread, the same blocks, data, losses and optimizer in all vari
 * *module*: our module under `strategy="auto"`;
 * *pipebd*: our module under `strategy="pipebd", devices=1`.
 
-The variants take turns. The time of a step is the median over its steps of what the process computes
-(`time.process_time`; wall time beside it), and ratios are taken within a turn. Memory is the peak of an own process.
+The variants take turns, each in a process of its own. The time of a step is the median over its steps of what the
+process computes (`time.process_time`; wall time beside it), and ratios are taken within a turn. Figures are medians
+over the turns, with the least and the greatest. Memory is the peak of the process, imports included.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import statistics
@@ -23,7 +25,6 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +34,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from benchmarks.shared.tables import interleave, markdown_table, ratios, spread
 from lightning_pipebd import BlockwiseDistillationModule
 
 NUM_BLOCKS = 4
@@ -40,6 +42,7 @@ NUM_WARM_UP = 10
 # As this process found it: Lightning adds the address of its process group.
 _ENVIRONMENT = dict(os.environ)
 WORKLOADS = {"tiny": (16, 16, 150), "10 ms": (512, 448, 20)}  # width, rows, steps of a turn
+_ANSWER = "overhead: "
 
 
 def make_models(width: int) -> tuple[nn.Sequential, nn.Sequential]:
@@ -160,58 +163,100 @@ VARIANTS: dict[str, Callable[[str], Clock]] = {
 }
 
 
-class Figures(NamedTuple):
-    """What a variant took."""
+class Turn(NamedTuple):
+    """What a variant took for a step: medians of a turn."""
 
     cpu_ms: float
     wall_ms: float
-    ratio: float
 
 
-def take_turns(workload: str, repeats: int) -> dict[str, Figures]:
-    """Measure all variants; the first turn warms up."""
-    turns = [{name: run(workload).step_ms() for name, run in VARIANTS.items()} for _ in range(repeats + 1)]
-    found: dict[str, list[Figures]] = defaultdict(list)
-    for turn in turns[1:]:
-        for name, (cpu_ms, wall_ms) in turn.items():
-            found[name].append(Figures(cpu_ms, wall_ms, cpu_ms / turn["by hand"][0]))
-    return {name: Figures(*map(statistics.median, zip(*figures, strict=True))) for name, figures in found.items()}
+class Runner:
+    """A process of its own that trains one variant, turn by turn when it is told to.
+
+    What one variant does to the C library's memory (pipebd has it keep what a step frees) would help the next one.
+    """
+
+    def __init__(self, workload: str, variant: str) -> None:
+        command = [sys.executable, "-m", "benchmarks.overhead.main", "--serve", workload, variant]
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=_ENVIRONMENT, text=True
+        )
+
+    def turn(self) -> Turn:
+        """Train once."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("turn\n")
+        self._process.stdin.flush()
+        return Turn(*map(float, self._answer().split()))
+
+    def end(self) -> float:
+        """End the process; give the peak of its memory in MiB."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        peak = float(self._answer())
+        self._process.wait()
+        return peak
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(_ANSWER):
+                return line.removeprefix(_ANSWER)
+        raise RuntimeError("A variant ended before it had answered. Run it by itself: `--serve`.")
 
 
-def peak_mib(workload: str, variant: str) -> float:
-    """Give the peak memory of a process that trains one variant."""
-    command = [sys.executable, __file__, "--run", workload, variant]
-    output = subprocess.run(command, check=True, capture_output=True, env=_ENVIRONMENT, text=True).stdout
-    return float(output.splitlines()[-1])
+def serve(workload: str, variant: str) -> None:
+    """Train a turn for every line of the standard input, and tell its times; then the peak of the memory."""
+    for _ in sys.stdin:
+        # Trainers are circles: those of the turns before would lie between the memory of this one.
+        gc.collect()
+        cpu_ms, wall_ms = VARIANTS[variant](workload).step_ms()
+        sys.stdout.write(f"\n{_ANSWER}{cpu_ms} {wall_ms}\n")
+        sys.stdout.flush()
+    # Not `ru_maxrss`, which a child process takes over from its parent.
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    peak = next(line for line in status if line.startswith("VmHWM:"))
+    sys.stdout.write(f"\n{_ANSWER}{int(peak.split()[1]) / 1024}\n")
+
+
+def measure(workload: str, repeats: int) -> str:
+    """Measure all variants in turn, and give the table; the first turn warms up."""
+    runners = {name: Runner(workload, name) for name in VARIANTS}
+    turns = interleave(runners, repeats + 1, lambda name: runners[name].turn())
+    cpu = {name: [turn.cpu_ms for turn in found[1:]] for name, found in turns.items()}
+    rows = [
+        {
+            workload: name,
+            "ms per step": f"{spread(times):.2f}",
+            "wall": f"{statistics.median(turn.wall_ms for turn in turns[name][1:]):.2f}",
+            "/ by hand": f"{ratios(times, cpu['by hand']):.3f}",
+            "/ Lightning": f"{ratios(times, cpu['Lightning']):.3f}",
+            "MiB": f"{runners[name].end():.0f}",
+        }
+        for name, times in cpu.items()
+    ]
+    return markdown_table(list(rows[0]), rows)
 
 
 def main() -> None:
     """Print a table for each workload."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--without-memory", action="store_true")
-    parser.add_argument("--run", nargs=2, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--serve", nargs=2, default=None, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    if arguments.run:
-        workload, variant = arguments.run
-        VARIANTS[variant](workload)
-        # Not `ru_maxrss`, which a child process takes over from its parent.
-        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        peak = next(line for line in status if line.startswith("VmHWM:"))
-        sys.stdout.write(f"\n{int(peak.split()[1]) / 1024}")
+    if arguments.serve:
+        serve(*arguments.serve)
         return
-    for workload in WORKLOADS:
-        sys.stdout.write(f"\n{workload}, {NUM_BLOCKS} blocks: ms per step | / by hand | us over Lightning | MiB\n")
-        figures = take_turns(workload, arguments.repeats)
-        for name, found in figures.items():
-            over_us = (found.cpu_ms - figures["Lightning"].cpu_ms) * 1000
-            memory = "" if arguments.without_memory else f"{peak_mib(workload, name):9.0f}"
-            sys.stdout.write(
-                f"{name:12}{found.cpu_ms:9.3f} (wall {found.wall_ms:9.3f}) {found.ratio:7.3f} {over_us:9.0f} {memory}\n"
-            )
+    for workload in arguments.workloads:
+        load = os.getloadavg()[0]
+        sys.stdout.write(f"\n{NUM_BLOCKS} blocks; load of the machine at the start: {load:.1f}\n\n")
+        sys.stdout.write(f"{measure(workload, arguments.repeats)}\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":

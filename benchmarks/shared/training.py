@@ -9,7 +9,14 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-__all__ = ["PeakMemory", "StepClock", "plain_trainer", "present_memory_bytes"]
+__all__ = [
+    "PeakMemory",
+    "StepClock",
+    "forget_peak_memory",
+    "peak_memory_bytes",
+    "plain_trainer",
+    "present_memory_bytes",
+]
 
 
 class StepClock(Callback):
@@ -42,20 +49,30 @@ def _mean_ms(stamps: Sequence[float], num_skipped: int, num_measured: int) -> fl
 def plain_trainer(strategy: Any, num_ranks: int, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
     """Give a trainer of one epoch on CPU, without logger, checkpoints and output unless `settings` say otherwise."""
     quiet = {
+        "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "max_epochs": 1,
     }
-    return Trainer(
-        accelerator="cpu", devices=num_ranks, strategy=strategy, callbacks=list(callbacks), **(quiet | settings)
-    )
+    return Trainer(devices=num_ranks, strategy=strategy, callbacks=list(callbacks), **(quiet | settings))
 
 
 def present_memory_bytes() -> int:
     """Give the memory that this process holds, what it has in common with others included."""
     return _status_bytes("VmRSS")
+
+
+def forget_peak_memory() -> None:
+    """Begin anew to find the most memory that this process holds; on Linux only."""
+    # Linux forgets the peak when it is told 5.
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_bytes() -> int:
+    """Give the most memory that this process held at one time, since it was last forgotten; on Linux only."""
+    return _status_bytes("VmHWM")
 
 
 class PeakMemory(Callback):
@@ -65,11 +82,11 @@ class PeakMemory(Callback):
         self.peak_bytes = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Linux forgets the peak when it is told 5: what setting up and measuring took is not the question.
-        Path("/proc/self/clear_refs").write_text("5")
+        # What setting up and measuring took is not the question.
+        forget_peak_memory()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.peak_bytes = _status_bytes("VmHWM")
+        self.peak_bytes = peak_memory_bytes()
 
 
 def _status_bytes(name: str) -> int:

@@ -62,6 +62,11 @@ class BlockCode:
         """Run the operations."""
         return self._function(model, *args, **kwargs, **self.constants)
 
+    @property
+    def globals(self) -> list[Any]:
+        """Functions, modules and constants that the operations name."""
+        return list(self._globals.values())
+
     def is_same(self, other: BlockCode) -> bool:
         """Say whether two codes do the same."""
         if (self.source, self.inputs, self.constants.keys()) != (other.source, other.inputs, other.constants.keys()):
@@ -135,6 +140,12 @@ class BlockView(nn.Module):
     def takes_whole(self) -> bool:
         """Whether the block takes its boundary as one value."""
         return self._evaluation_code.takes_whole
+
+    @property
+    def called_globals(self) -> list[Any]:
+        """What the block's code calls beside the model's own modules."""
+        codes = (self._evaluation_code, self._training_code)
+        return [value for code in codes if code is not None for value in code.globals]
 
     @property
     def opened_modules(self) -> list[nn.Module]:

@@ -182,8 +182,8 @@ class _State:
 
     def find_labels(self, rows: Rows) -> Any:
         # Labels travel to the blocks that want them. Another block of this rank may find those of some of its rows.
-        pieces = self.boundaries.get(TARGETS, [])
-        return join_rows(pieces, rows).tree if holds_rows(pieces, rows) else None
+        pieces = self.boundaries.get(TARGETS)
+        return join_rows(pieces, rows).tree if pieces and holds_rows(pieces, rows) else None
 
 
 def _find_last_uses(program: Program) -> dict[int, list[int]]:

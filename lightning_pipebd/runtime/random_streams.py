@@ -30,7 +30,7 @@ def stream_key(seed: int, *coordinates: int) -> int:
 
 
 @contextmanager
-def random_stream(key: int, device: torch.device) -> Iterator[None]:
+def random_stream(key: int, device: torch.device, *, with_python: bool = True) -> Iterator[None]:
     """Draw from a stream of its own inside the context; outside, the generators go on as if nothing was drawn.
 
     Covers torch's generators of the CPU and of ``device``, and Python's :mod:`random` (supernets draw their
@@ -39,6 +39,7 @@ def random_stream(key: int, device: torch.device) -> Iterator[None]:
     Args:
         key: Seed of the stream, see :func:`stream_key`.
         device: Where the block computes.
+        with_python: Whether :mod:`random` is covered, which takes three times as long as the rest.
 
     Example:
         >>> with random_stream(stream_key(1, 2), torch.device("cpu")):
@@ -49,10 +50,11 @@ def random_stream(key: int, device: torch.device) -> Iterator[None]:
         True
     """
     # Not `fork_rng` alone: it costs more than a small block, and every block of every step draws from a stream.
-    generator, python_state = torch.default_generator, random.getstate()
+    generator, python_state = torch.default_generator, random.getstate() if with_python else None
     state = generator.get_state()
     generator.manual_seed(key)
-    random.seed(key)
+    if with_python:
+        random.seed(key)
     try:
         if device.type != "cuda":
             yield
@@ -61,7 +63,8 @@ def random_stream(key: int, device: torch.device) -> Iterator[None]:
             torch.cuda.manual_seed(key)
             yield
     finally:
-        random.setstate(python_state)
+        if python_state is not None:
+            random.setstate(python_state)
         generator.set_state(state)
 
 

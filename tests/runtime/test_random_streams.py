@@ -57,6 +57,15 @@ class TestStream:
                 draw()
             assert draw_all() == expected
 
+    def test_without_python_only_torch_is_covered(self) -> None:
+        state = random.getstate()
+        with random_stream(5, CPU, with_python=False):
+            first, theirs = torch.rand(()), random.random()
+        random.setstate(state)
+        assert random.random() == theirs
+        with random_stream(5, CPU):
+            assert torch.equal(torch.rand(()), first)
+
     def test_streams_nest(self) -> None:
         with random_stream(5, CPU):
             expected = [draw(), draw()]
