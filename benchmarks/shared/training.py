@@ -48,7 +48,7 @@ def _mean_ms(stamps: Sequence[float], num_skipped: int, num_measured: int) -> fl
 
 def plain_trainer(strategy: Any, num_ranks: int, callbacks: Sequence[Callback] = (), **settings: Any) -> Trainer:
     """Give a trainer of one epoch on CPU, without logger, checkpoints and output unless `settings` say otherwise."""
-    quiet = {
+    quiet: dict[str, Any] = {
         "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
