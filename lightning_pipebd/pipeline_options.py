@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_pipebd.lightning_internals import validates_by_time
@@ -178,13 +177,6 @@ class PipelineOptions:
             msg = (
                 "`sync_batchnorm` must be False: every block is on one rank, so there is nothing to synchronise. Set "
                 "`num_micro_batches=1` to give BatchNorm the whole batch."
-            )
-            raise ValueError(msg)
-        plugin = trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            msg = (
-                "`precision` must not be '16-mixed': the loss is scaled on one rank, and the ranks do not agree yet on "
-                "when to skip a step. Use 'bf16-mixed'."
             )
             raise ValueError(msg)
         check_callbacks(trainer)

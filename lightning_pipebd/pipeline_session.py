@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ from lightning_pipebd.runtime.gradients import clip_norm_over_ranks
 from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Transport
-from lightning_pipebd.scaling import BlockScalers
+from lightning_pipebd.scaling import step_scale
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["PipelineSession"]
@@ -87,6 +87,7 @@ class PipelineSession(FitSession):
         self._train_loader: AheadLoader | AheadHeaderLoader | None = None
         self._unpacked: tuple[Any, Any] | None = None
         self._before_next: RandomMoment | None = None
+        self._life = ExitStack()
 
     # Life.
 
@@ -105,7 +106,9 @@ class PipelineSession(FitSession):
         """
         edges = pipeline_edges(self._plan, has_momentum=self._module.momentum is not None)
         self._connect(trainer, edges, self._plan.loading_rank, {self._plan.loss_rank}, sharing_logs, assemble_student)
-        self.scalers = BlockScalers(self._strategy.precision_plugin, {}, self._strategy.root_device, self._transport)
+        self._life.enter_context(
+            step_scale(self._strategy.precision_plugin, self._strategy.root_device, self._transport)
+        )
         self._jobs = PipelineBlockJobs(self._module, self._strategy.precision_plugin)
         if self._options.micro_batches(self._module, self._plan.num_ranks) > 1:
             models = student_modules(self._module)
@@ -132,6 +135,7 @@ class PipelineSession(FitSession):
         if self._step_report is not None:
             remove_callback(self._trainer, self._step_report)
             self._step_report.close()
+        self._life.close()
         super().end()
 
     @property
@@ -173,7 +177,6 @@ class PipelineSession(FitSession):
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
-        self.scalers.save(checkpoint)
         num_batches = num_trained(self._trainer.fit_loop.epoch_loop.batch_progress)
         loader = self._train_loader
         mine = loader.position(num_batches, self._before_next) if isinstance(loader, AheadLoader) else None

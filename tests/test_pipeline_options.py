@@ -128,9 +128,3 @@ def test_a_teacher_works_ahead_only_if_its_weights_are_known() -> None:
     assert not PipelineOptions(schedule="teacher-first").looks_ahead(Distil())
 
 
-def test_half_precision_with_a_loss_scale_is_refused() -> None:
-    from lightning.pytorch.plugins import MixedPrecision
-
-    scaled = MixedPrecision("16-mixed", "cpu")
-    with pytest.raises(ValueError, match="`precision` must not be '16-mixed'"):
-        fit(Distil(), {"plan": PLAN}, plugins=[scaled])
