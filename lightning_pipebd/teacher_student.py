@@ -161,7 +161,7 @@ class TeacherStudentModule(DistillationModule):
         A step that is skipped (``on_nonfinite``) is none.
 
         Under a plan this runs on the rank that computes the loss. What ``loss`` keeps in the module's own buffers is
-        there, and comes into checkpoints.
+        there, and comes into checkpoints. Plans with replicas are refused: there each loss sees its rows only.
         """
 
     # What users call.

@@ -96,6 +96,7 @@ def clip_norm_over_ranks(
     *,
     max_norm: float,
     device: torch.device,
+    is_first: bool = True,
 ) -> Tensor:
     """**Collective** over all ranks: clip gradients by their norm over all ranks, and give that norm.
 
@@ -109,8 +110,10 @@ def clip_norm_over_ranks(
         dtypes: Type of every parameter of all ranks.
         max_norm: Norm that gradients are clipped to.
         device: Where this rank computes.
+        is_first: Whether this rank tells its norms; of ranks that have the same parameters, one does.
     """
     local = [(number, p.grad) for number, p in zip(numbers, parameters, strict=True) if p.grad is not None]
+    local = local if is_first else []
     table = torch.zeros(2, len(dtypes), dtype=torch.float64, device=device)
     for (number, _), norm in zip(local, torch._foreach_norm([grad for _, grad in local]) if local else (), strict=True):
         table[0, number], table[1, number] = norm, 1.0
