@@ -16,6 +16,7 @@ from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_op
 from lightning_pipebd.pipeline_replicas import Replica
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement, StudentBlockCosts, TeacherBlockCosts
+from lightning_pipebd.planning.pipeline_program import PipelineProgram
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from tests.helpers.ranks import run_threads
 from tests.helpers.toy import LinearModule, make_loader
@@ -163,6 +164,7 @@ def test_what_belongs_to_the_loss_is_summed_with_the_last_block() -> None:
         module = Contrast()
         module.temperature.grad = torch.tensor(rank + 1.0)
         reducer = Replica(plan, world.transports[rank]).reducer(module)
+        reducer.begin(PipelineProgram.parse(f"PIPELINE rank={rank} rows=2 next=0\nREDUCE block=3 ranks=0,1"))
         reducer.start(3, (0, 1))
         reducer.finish()
         assert module.temperature.grad is not None

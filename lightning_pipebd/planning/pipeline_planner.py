@@ -289,8 +289,8 @@ class _Planner:
     def _span_ms(self, plan: PipelinePlan, number: int) -> float:
         """Give what a step takes at least for the way through the stages and, with replicas, for the sums.
 
-        The first micro-batch must come back before backward begins. The sums of a rank's blocks come one after another,
-        the first of them after all forwards, the last of them after all backwards.
+        The first micro-batch must come back before backward begins. A rank sums gradients after all forwards, those of
+        its first block after all backwards.
         """
         costs = self._costs(number)
         span = way = 0.0
@@ -301,16 +301,18 @@ class _Planner:
                 sum(costs.backward_ms[own]),
                 sum(costs.update_ms[own]),
             )
-            sums = [self._sum_ms(plan, rank, block) for block in range(first, last + 1)]
-            span = max(span, forward / number + way + backward + sums[0] + after, forward + sum(sums) + after)
+            first_ms, sums_ms = (self._sum_ms(plan, rank, first, end) for end in (first, last))
+            span = max(span, forward / number + way + backward + first_ms + after, forward + sums_ms + after)
             way += (forward + backward) / number
         return span
 
-    def _sum_ms(self, plan: PipelinePlan, rank: int, block: int) -> float:
+    def _sum_ms(self, plan: PipelinePlan, rank: int, first: int, last: int) -> float:
+        """Give what the sum of some blocks' gradients takes at least: as one."""
         if plan.replicas == 1:
             return 0.0
         link = self.judge.costs(1).link(*plan.sharing_ranks(rank))
-        return link.reduce_ms(self.judge.measurement.student[block].gradient_bytes, plan.replicas)
+        blocks = self.judge.measurement.student[first : last + 1]
+        return link.reduce_ms(sum(block.gradient_bytes for block in blocks), plan.replicas)
 
     def search_small(self) -> None:
         """Simulate cuts that need little memory; only what fits is kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lightning_pipebd.planning.buckets import find_buckets
 from lightning_pipebd.planning.costs import LinkCost
 from lightning_pipebd.planning.event_loop import run_timetable
 from lightning_pipebd.planning.operations import Channel, Gathering, Operation, OperationKind, Timetable
@@ -190,7 +191,9 @@ def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -
     channel_of: list[int] = []
     wire_ms: list[float] = []
     gatherings: dict[tuple[int, tuple[int, ...]], Gathering] = {}
+    sizes = dict(enumerate(costs.gradient_bytes or [0.0] * len(costs.forward_ms)))
     for program in programs:
+        buckets = find_buckets(program, sizes)
         for action in program.actions:
             if action.kind is PipelineKind.SEND:
                 number = messages[program.rank, action] = len(messages)
@@ -199,10 +202,11 @@ def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -
                 channels.setdefault(ends, Channel(*ends, [], 0, link.latency_ms)).messages.append(number)
                 channel_of.append(list(channels).index(ends))
                 wire_ms.append(costs.message_bytes(program, action) / link.bytes_per_ms)
-            elif action.kind is PipelineKind.REDUCE:
-                size = costs.gradient_bytes[action.index] if costs.gradient_bytes else 0.0
+            elif action.kind is PipelineKind.REDUCE and action.index in buckets:
+                size = sum(sizes[block] for block in buckets[action.index])
                 reduce_ms = costs.link(*action.ranks).reduce_ms(size, len(action.ranks))
-                gatherings[action.index, action.ranks] = Gathering(action.index, action.ranks, reduce_ms)
+                steady = (0.0,) * len(action.ranks)
+                gatherings[action.index, action.ranks] = Gathering(action.index, action.ranks, reduce_ms, steady)
 
     def operation(program: PipelineProgram, action: PipelineAction) -> Operation:
         if action.kind in (PipelineKind.SEND, PipelineKind.RECV):
@@ -218,6 +222,9 @@ def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -
             return Operation(OperationKind.LOAD, costs.load_ms)
         if action.kind is PipelineKind.REDUCE:
             key = (action.index, action.ranks)
+            if key not in gatherings:
+                # Its gradients are kept for those of a later block.
+                return Operation(OperationKind.COMPUTE, 0.0)
             occupied_ms = costs.link(*action.ranks).reduce_occupation * gatherings[key].duration_ms
             return Operation(OperationKind.REDUCE, occupied_ms, list(gatherings).index(key))
         if action.kind is PipelineKind.UPDATE:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipebd.planning.buckets import find_buckets
+from lightning_pipebd.planning.pipeline_program import PipelineProgram
 from lightning_pipebd.planning.program import Program
 from lightning_pipebd.runtime.transport import Pending, Transport
 
@@ -30,11 +31,11 @@ class GradientReducer:
         self._gradient_bytes = {
             block: sum(each.nbytes for each in own if each.requires_grad) for block, own in parameters.items()
         }
-        self._program: Program | None = None
+        self._program: Program | PipelineProgram | None = None
         self._buckets: dict[int, tuple[int, ...]] = {}
         self._under_way: list[_Sum] = []
 
-    def begin(self, program: Program) -> None:
+    def begin(self, program: Program | PipelineProgram) -> None:
         """Make ready for the REDUCEs of a program."""
         if program is not self._program:
             self._program, self._buckets = program, find_buckets(program, self._gradient_bytes)

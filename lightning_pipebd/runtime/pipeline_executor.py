@@ -6,8 +6,7 @@ The life of one micro-batch in one stage of the student::
     RECV gradient --> BACKWARD --> SEND gradient     graphs end; gradients of the weights add up
 
 Blocks are graphs of their own: what enters one is a leaf, whose gradient is what the block before it gets. On the last
-rank LOSS makes the first of these gradients, from the outputs of both models. With replicas the gradients of a block's
-weights are summed over the ranks that have it, beside what they go on doing.
+rank LOSS makes the first of these gradients, from the outputs of both models. Replicas sum the gradients of weights.
 """
 
 from __future__ import annotations
@@ -204,6 +203,7 @@ class PipelineExecutor:
             self._backward(action, state)
         elif kind is PipelineKind.REDUCE:
             assert self._reducer is not None
+            self._reducer.begin(state.program)
             self._reducer.start(action.index, action.ranks)
         elif kind is PipelineKind.EMA:
             self._jobs.follow(action.index)
@@ -265,7 +265,7 @@ class PipelineExecutor:
         teacher_output = _join(state.take_all(Stream.BOUNDARY, num_teacher_blocks, action.rows), action.rows)
         targets = state.take_all(Stream.TARGETS, 0, action.rows)
         labels = _join(targets, action.rows) if targets else None
-        terms = self._jobs.loss(student_output, teacher_output, labels, action.rows, state.num_rows)
+        terms = self._jobs.loss(student_output, teacher_output, labels, action.rows, state.program.num_rows)
         for name, value in terms.items():
             state.terms[name] = state.terms[name] + value if name in state.terms else value
         for rows, leaves in beginnings:
@@ -319,7 +319,7 @@ class _State:
         self, step: int, program: PipelineProgram, loaded: dict[Stream, RowTree], ahead: dict[Stream, RowTree]
     ) -> None:
         self.step = step
-        self.num_rows = program.num_rows
+        self.program = program
         self.has_update = any(map(_follows_update, program.actions))
         self.loaded = {(stream, False): piece for stream, piece in loaded.items()}
         self.loaded |= {(stream, True): piece for stream, piece in ahead.items()}
