@@ -12,7 +12,7 @@ from lightning_pipebd.automatic_plan import PlanFinder, gather_machines, make_be
 from lightning_pipebd.cost_tables import MeasurementCache
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy
 from lightning_pipebd.machines import Machine, find_cluster
-from lightning_pipebd.pipeline_measuring import coupled_blocks, measure_pipeline
+from lightning_pipebd.pipeline_measuring import coupled_blocks, measure_pipeline, one_replica_reason
 from lightning_pipebd.pipeline_options import PipelineOptions, even_plan
 from lightning_pipebd.planning.curve import CostError
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
@@ -74,9 +74,11 @@ def check_pipeline_request(
             )
     if finder.exactness is None or (options.num_micro_batches is None and finder.given is None):
         return
-    number_of_parts = options.settled(module, num_ranks, finder.exactness).num_micro_batches
+    given = options.given_plan(finder.given, module, num_ranks)
+    replicas = 1 if given is None else given.replicas
+    number_of_parts = options.settled(module, num_ranks // replicas, finder.exactness).num_micro_batches
     assert number_of_parts is not None
-    check_pipeline_exactness(number_of_parts, coupled_blocks(module), finder.exactness)
+    check_pipeline_exactness(number_of_parts, coupled_blocks(module), finder.exactness, replicas=replicas)
 
 
 def find_pipeline_of_fit(
@@ -94,7 +96,8 @@ def find_pipeline_of_fit(
     """
     num_ranks = transport.num_ranks
     given = options.given_plan(finder.given, module, num_ranks)
-    settled = options.settled(module, num_ranks, finder.exactness)
+    in_a_pipeline = num_ranks if given is None else given.ranks_per_replica
+    settled = options.settled(module, in_a_pipeline, finder.exactness)
     if given is not None and finder.costs is None and finder.memory_limit is None:
         return FoundPipeline(given, settled, settled.durations(module), None)
     machines = gather_machines(strategy, transport)
@@ -148,6 +151,7 @@ def _measurement(
             has_momentum=module.momentum is not None,
             is_full_batch=module.full_batch_loss,
             coupled_blocks=tuple(coupled_blocks(module)),
+            one_replica_reason=one_replica_reason(module),
         )
     return measure_pipeline(
         make_bench(strategy, trainer, module, transport),

@@ -113,8 +113,8 @@ class CheckedCheckpoints(ProcessGroupStrategy):
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             self._pruned(optimizer).load(state)
-        assert self._session is not None
-        self._session.scalers.load(checkpoint)
+        if isinstance(self._session, TrainingSession):
+            self._session.scalers.load(checkpoint)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:

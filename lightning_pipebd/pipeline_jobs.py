@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.deferred_norms import DeferredNorms
 from lightning_pipebd.runtime.momentum import MomentumTeacher
+from lightning_pipebd.scaling import scale_loss
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["PipelineBlockJobs"]
@@ -65,7 +66,8 @@ class PipelineBlockJobs:
             )
         if rows.num_rows < num_rows:
             terms = {name: term * (rows.num_rows / num_rows) for name, term in terms.items()}
-        self._plugin.backward(terms["loss"] / self.num_accumulated, self._module, self.optimizer)
+        scaled = scale_loss(self._plugin, terms["loss"] / self.num_accumulated)
+        self._plugin.backward(scaled, self._module, self.optimizer)
         return {name: term.detach() for name, term in terms.items()}
 
     def parameters(self, block: int) -> Sequence[nn.Parameter]:

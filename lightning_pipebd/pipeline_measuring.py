@@ -34,7 +34,7 @@ from lightning_pipebd.runtime.row_trees import count_rows, tree_bytes
 from lightning_pipebd.runtime.side_effects import untouched
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
-__all__ = ["coupled_blocks", "measure_pipeline", "name_block", "student_modules"]
+__all__ = ["coupled_blocks", "measure_pipeline", "name_block", "one_replica_reason", "student_modules"]
 
 # A batch, a rank's part of it, and the smallest micro-batches that are looked at; the others lie between.
 _PARTS_PER_RANK = (1, 2, 4)
@@ -164,6 +164,18 @@ def _measure_own(
     )
 
 
+def one_replica_reason(module: TeacherStudentModule) -> str:
+    """Say why there must be one replica that has all rows of a batch; nothing if there may be more."""
+    if module.full_batch_loss:
+        return "its loss needs the full batch (`full_batch_loss`)"
+    if type(module).on_teacher_update is not TeacherStudentModule.on_teacher_update:
+        return "it overrides `on_teacher_update`, which would know of one replica's rows only"
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse and layer.weight.requires_grad:
+            return f"`{name}` has sparse gradients, which ranks cannot sum"
+    return ""
+
+
 def student_modules(module: TeacherStudentModule) -> list[list[nn.Module]]:
     """Give every student block's modules: the predictor belongs to the last."""
     models: list[list[nn.Module]] = [[model] for model in module.cuts.student.blocks]
@@ -213,6 +225,7 @@ def _put_together(
         has_momentum=module.momentum is not None,
         is_full_batch=module.full_batch_loss,
         coupled_blocks=tuple(coupled_blocks(module)),
+        one_replica_reason=one_replica_reason(module),
         whole_reason=next((found.profile.whole_reason for found in findings if found.profile.whole_reason), ""),
     )
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_pipebd.lightning_internals import validates_by_time
 from lightning_pipebd.pipeline_measuring import coupled_blocks
+from lightning_pipebd.pipeline_replicas import check_replicas
 from lightning_pipebd.planning.explain import Exactness
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
 from lightning_pipebd.planning.pipeline_explain import explain_pipeline, pipeline_exactness
@@ -84,7 +84,7 @@ class PipelineOptions:
             raise ValueError(msg)
 
     def micro_batches(self, module: TeacherStudentModule, num_ranks: int) -> int:
-        """Give the number of micro-batches."""
+        """Give the number of micro-batches for a pipeline of some ranks."""
         if self.num_micro_batches is not None:
             return self.num_micro_batches
         return default_micro_batches(num_ranks, is_whole=bool(coupled_blocks(module)))
@@ -151,7 +151,10 @@ class PipelineOptions:
         """
         if plan is None:
             return even_plan(module, 1) if num_ranks == 1 else None
-        return resolve_pipeline_plan(plan, (module.num_teacher_blocks, module.num_student_blocks), num_ranks)
+        numbers = (module.num_teacher_blocks, module.num_student_blocks)
+        resolved = resolve_pipeline_plan(plan, numbers, num_ranks)
+        check_replicas(resolved, module)
+        return resolved
 
     def check(self, trainer: Trainer, module: TeacherStudentModule) -> None:
         """Raise for settings that cannot work.
@@ -176,27 +179,22 @@ class PipelineOptions:
         strategy: Any = trainer.strategy
         if strategy.layer_sync:
             msg = (
-                "`sync_batchnorm` must be False: every block is on one rank, so there is nothing to synchronise. Set "
-                "`num_micro_batches=1` to give BatchNorm the whole batch."
-            )
-            raise ValueError(msg)
-        plugin = trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            msg = (
-                "`precision` must not be '16-mixed': the loss is scaled on one rank, and the ranks do not agree yet on "
-                "when to skip a step. Use 'bf16-mixed'."
+                "`sync_batchnorm` must be False: no layer of a whole student meets with other ranks. Set "
+                "`num_micro_batches=1`, and have one replica, to give BatchNorm the whole batch."
             )
             raise ValueError(msg)
         check_callbacks(trainer)
 
     def announce(self, plan: PipelinePlan, module: TeacherStudentModule, outlook: PipelineOutlook | None = None) -> str:
         """Explain the plan with what is foreseen of it, and warn if cutting batches changes what is learned."""
-        number, coupled = self.micro_batches(module, plan.num_ranks), coupled_blocks(module)
-        if pipeline_exactness(number, coupled) is Exactness.STATISTICS:
+        number, coupled = self.micro_batches(module, plan.ranks_per_replica), coupled_blocks(module)
+        if pipeline_exactness(number, coupled, replicas=plan.replicas) is Exactness.STATISTICS:
+            parts = [f"{plan.replicas} replicas"] * (plan.replicas > 1) + [f"{number} micro-batches"] * (number > 1)
             warnings.warn(
-                f"Batches are cut into {number} micro-batches, and student blocks {', '.join(map(str, coupled))} use "
+                f"Batches are cut into {' of '.join(parts)}, and student blocks {', '.join(map(str, coupled))} use "
                 "batch statistics or random numbers: they train a little differently than on one process (exactness: "
-                "statistics). Set `num_micro_batches=1`, or use layers that treat rows one by one (GroupNorm).",
+                "statistics). Set `num_micro_batches=1` in one replica, or use layers that treat rows one by one "
+                "(GroupNorm).",
                 stacklevel=2,
             )
         return self.explain(plan, module) if outlook is None else str(outlook)
@@ -205,7 +203,7 @@ class PipelineOptions:
         """Explain the plan."""
         return explain_pipeline(
             plan,
-            num_micro_batches=self.micro_batches(module, plan.num_ranks),
+            num_micro_batches=self.micro_batches(module, plan.ranks_per_replica),
             schedule=self._schedule,
             looks_ahead=self.looks_ahead(module),
             coupled_blocks=coupled_blocks(module),
@@ -213,13 +211,15 @@ class PipelineOptions:
 
 
 def default_micro_batches(num_ranks: int, *, is_whole: bool) -> int:
-    """Give the number of micro-batches of a plan that was given without one.
+    """Give the number of micro-batches of a plan that was given without one, for the ranks of a replica.
 
     Example:
         >>> default_micro_batches(2, is_whole=False), default_micro_batches(2, is_whole=True)
         (8, 1)
+        >>> default_micro_batches(1, is_whole=False)  # a rank that is alone has no gap to fill
+        1
     """
-    return 1 if is_whole else _MICRO_BATCHES_PER_RANK * num_ranks
+    return 1 if is_whole or num_ranks == 1 else _MICRO_BATCHES_PER_RANK * num_ranks
 
 
 def resolve_pipeline_plan(plan: Any, num_blocks: tuple[int, int], num_ranks: int) -> PipelinePlan:
@@ -267,7 +267,8 @@ def pipeline_edges(plan: PipelinePlan, *, has_momentum: bool) -> tuple[tuple[int
         >>> pipeline_edges(PipelinePlan.parse("0|1"), has_momentum=False)
         ((0, 1), (1, 0))
     """
-    step = PipelineStep(num_rows=1, num_next_rows=1, has_targets=True, has_momentum=has_momentum)
+    rows = plan.replicas
+    step = PipelineStep(num_rows=rows, num_next_rows=rows, has_targets=True, has_momentum=has_momentum)
     return tuple(
         sorted(
             {

@@ -92,7 +92,7 @@ class PipelineReport:
         last = (f"{name} {curve[-1][1]:.4g}" for name, curve in self.losses.items() if curve)
         return [
             ("plan", f"{self.plan} ({cut}, {self.schedule})"),
-            ("exactness", describe_exactness(number, self.coupled_blocks)),
+            ("exactness", describe_exactness(number, self.coupled_blocks, replicas=self.plan.replicas)),
             ("rows of a batch", str(self.num_rows)),
             ("predicted step", describe_prediction(self.outlook, measured)),
             ("measured step", f"{measured:.4g} ms, over {self.summary['steps']} steps"),
@@ -126,7 +126,7 @@ class PipelineReport:
         for block, rank in enumerate(self.plan.teacher):
             foreseen = "-" if costs is None else f"{costs.teach_ms[block]:.2f}"
             took = f"{found.get(f'teacher {block}', {}).get('teach', 0.0):.2f}"
-            table.append([self._name("teacher", block), str(rank), took, foreseen, "-", "-"])
+            table.append([self._name("teacher", block), self._ranks(rank), took, foreseen, "-", "-"])
         for block, rank in enumerate(self.plan.student):
             own = found.get(f"student {block}", {})
             cells = []
@@ -135,7 +135,7 @@ class PipelineReport:
                 ("backward", costs and costs.backward_ms),
             ):
                 cells += [f"{own.get(kind, 0.0):.2f}", f"{times[block]:.2f}" if times else "-"]
-            table.append([self._name("student", block), str(rank), *cells])
+            table.append([self._name("student", block), self._ranks(rank), *cells])
         return table
 
     def _relay_table(self) -> list[list[str]]:
@@ -144,6 +144,9 @@ class PipelineReport:
             rows, size = f"{entry['rows']:.4g}", format_bytes(round(entry["bytes"]))
             table.append([str(entry["from"]), str(entry["to"]), entry["what"], rows, size])
         return table
+
+    def _ranks(self, rank: int) -> str:
+        return ", ".join(map(str, self.plan.sharing_ranks(rank)))
 
     def _name(self, model: str, block: int | str) -> str:
         name = (self.teacher_names if model == "teacher" else self.student_names)[int(block)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from lightning_pipebd.pipeline_data import AheadHeaderLoader, AheadLoader, Annou
 from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
 from lightning_pipebd.pipeline_measuring import student_modules
 from lightning_pipebd.pipeline_options import PipelineOptions, pipeline_edges
+from lightning_pipebd.pipeline_replicas import Replica
 from lightning_pipebd.pipeline_step_report import PipelineStepReport
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
 from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
@@ -37,7 +38,7 @@ from lightning_pipebd.runtime.gradients import clip_norm_over_ranks
 from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Transport
-from lightning_pipebd.scaling import BlockScalers
+from lightning_pipebd.scaling import step_scale
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["PipelineSession"]
@@ -78,6 +79,7 @@ class PipelineSession(FitSession):
         super().__init__(transport, strategy, max_in_flight=max_in_flight, time_limits=time_limits)
         self._module = module
         self._plan = plan
+        self._replica, self._place_in_replica = plan.place(transport.rank)
         self._options = options
         self._durations = durations
         self._terms: dict[str, Tensor] = {}
@@ -87,6 +89,7 @@ class PipelineSession(FitSession):
         self._train_loader: AheadLoader | AheadHeaderLoader | None = None
         self._unpacked: tuple[Any, Any] | None = None
         self._before_next: RandomMoment | None = None
+        self._life = ExitStack()
 
     # Life.
 
@@ -104,24 +107,34 @@ class PipelineSession(FitSession):
             assemble_student: Gives every rank the present weights of all blocks.
         """
         edges = pipeline_edges(self._plan, has_momentum=self._module.momentum is not None)
-        self._connect(trainer, edges, self._plan.loading_rank, {self._plan.loss_rank}, sharing_logs, assemble_student)
-        self.scalers = BlockScalers(self._strategy.precision_plugin, {}, self._strategy.root_device, self._transport)
+        losses = set(self._plan.sharing_ranks(self._plan.loss_rank))
+        self._connect(trainer, edges, self._plan.loading_rank, losses, sharing_logs, assemble_student)
+        self._life.enter_context(
+            step_scale(self._strategy.precision_plugin, self._strategy.root_device, self._transport)
+        )
         self._jobs = PipelineBlockJobs(self._module, self._strategy.precision_plugin)
-        if self._options.micro_batches(self._module, self._plan.num_ranks) > 1:
-            models = student_modules(self._module)
-            own = {block: models[block] for block, rank in enumerate(self._plan.student) if rank == self._rank}
-            self._jobs.norms = DeferredNorms(own) or None
+        is_cut = self._options.micro_batches(self._module, self._plan.ranks_per_replica) > 1
+        replica = Replica(self._plan, self._transport)
+        if is_cut or self._plan.replicas > 1:
+            models = {block: student_modules(self._module)[block] for block in replica.blocks}
+            self._jobs.norms = DeferredNorms(models, replica.share if self._plan.replicas > 1 else None) or None
         self._executor = PipelineExecutor(
             self._jobs,
             self._relay,
             num_teacher_blocks=self._module.num_teacher_blocks,
             num_student_blocks=self._module.num_student_blocks,
+            reducer=replica.reducer(self._module),
         )
         self._module.follow_in_plan, self._module.clip_in_plan = self._follow, self._clip
         self._module.step_guard.agree = self._agree
-        blocks = [block for block, rank in enumerate(self._plan.student) if rank == self._rank]
         self._watcher = start_watcher(
-            self._strategy, self._transport, self.progress, self._executor, blocks, lambda *_: (), self._time_limits
+            self._strategy,
+            self._transport,
+            self.progress,
+            self._executor,
+            replica.blocks,
+            lambda *_: (),
+            self._time_limits,
         )
         self._is_open = True
 
@@ -132,6 +145,7 @@ class PipelineSession(FitSession):
         if self._step_report is not None:
             remove_callback(self._trainer, self._step_report)
             self._step_report.close()
+        self._life.close()
         super().end()
 
     @property
@@ -173,7 +187,6 @@ class PipelineSession(FitSession):
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
-        self.scalers.save(checkpoint)
         num_batches = num_trained(self._trainer.fit_loop.epoch_loop.batch_progress)
         loader = self._train_loader
         mine = loader.position(num_batches, self._before_next) if isinstance(loader, AheadLoader) else None
@@ -193,7 +206,7 @@ class PipelineSession(FitSession):
     def _place(self, tensors_of: Callable[[int], list[Tensor]], ranks: Sequence[int]) -> None:
         for block, rank in enumerate(ranks):
             for tensor in tensors_of(block):
-                tensor.data = tensor.data.to(self._strategy.root_device if rank == self._rank else "cpu")
+                tensor.data = tensor.data.to(self._strategy.root_device if rank == self._place_in_replica else "cpu")
 
     def gather_on_device(self) -> None:
         """Have the whole module on this rank's device, for evaluation."""
@@ -221,10 +234,13 @@ class PipelineSession(FitSession):
         }
 
         def is_local(parameter: nn.Parameter) -> bool:
-            return owners.get(id(parameter), self._plan.loss_rank) == self._rank
+            return owners.get(id(parameter), self._plan.loss_rank) == self._place_in_replica
+
+        def is_owned(parameter: nn.Parameter) -> bool:
+            return self._replica == 0 and is_local(parameter)
 
         for optimizer in optimizers:
-            self._pruned[id(optimizer)] = PrunedOptimizer(optimizer, is_local, is_local)
+            self._pruned[id(optimizer)] = PrunedOptimizer(optimizer, is_local, is_owned)
 
     def _clip(self, optimizer: Optimizer, max_norm: float) -> None:
         """**Collective** over all ranks: clip by the norm of all gradients, wherever they are."""
@@ -237,6 +253,7 @@ class PipelineSession(FitSession):
             pruned.dtypes,
             max_norm=max_norm,
             device=self._strategy.root_device,
+            is_first=self._replica == 0,
         )
 
     # Data.
@@ -296,12 +313,13 @@ class PipelineSession(FitSession):
         self.num_steps += 1
         if not update:
             self._executor.finish()
-        self._metrics.record({**terms, **self._module.rate()} if terms else {}, announced.num_rows)
+        rate = self._module.rate() if self._rank == self._plan.loss_rank else {}
+        self._metrics.record({**terms, **rate}, announced.num_rows)
 
     def _step(self, announced: Announced, *, is_taught: bool, update: bool) -> PipelineStep:
         return self._options.step(
             self._module,
-            self._plan.num_ranks,
+            self._plan.ranks_per_replica,
             num_rows=announced.num_rows,
             num_next_rows=announced.num_next_rows,
             teaches_own=not is_taught,
@@ -328,21 +346,25 @@ class PipelineSession(FitSession):
 
     def _load(self, batch: Any, num_rows: int, *, is_known: bool) -> dict[Stream, RowTree]:
         # Unpacked once, even if that draws random numbers: the teacher may have seen the batch a step ahead.
-        inputs, targets = self._unpacked if is_known and self._unpacked else self._module.unpack_batch(batch)
+        unpacked = self._unpacked if is_known and self._unpacked else self._module.unpack_batch(batch)
         self._unpacked = None
-        loaded = {Stream.HIDDEN: _as_rows(inputs, num_rows)}
-        if not is_known:
-            loaded[Stream.BOUNDARY] = _as_rows(self._module.teacher_inputs(inputs), num_rows)
-        loaded[Stream.TARGETS] = RowTree(Rows(0, num_rows), targets, leading_row_leaves(targets, num_rows))
-        return loaded
+        return self._streams(unpacked, num_rows, is_known=is_known)
 
-    def _load_next(self, following: Any) -> RowTree | None:
+    def _load_next(self, following: Any) -> dict[Stream, RowTree]:
         self._before_next = None
         if following is None:
-            return None
+            return {}
         self._before_next = RandomMoment.now(())
         self._unpacked = self._module.unpack_batch(self._strategy.batch_to_device(following))
-        return _as_rows(self._module.teacher_inputs(self._unpacked[0]), following.num_rows)
+        return self._streams(self._unpacked, following.num_rows, is_known=False)
+
+    def _streams(self, unpacked: tuple[Any, Any], num_rows: int, *, is_known: bool) -> dict[Stream, RowTree]:
+        inputs, targets = unpacked
+        streams = {Stream.HIDDEN: _as_rows(inputs, num_rows)}
+        if not is_known:
+            streams[Stream.BOUNDARY] = _as_rows(self._module.teacher_inputs(inputs), num_rows)
+        streams[Stream.TARGETS] = RowTree(Rows(0, num_rows), targets, leading_row_leaves(targets, num_rows))
+        return streams
 
 
 def _as_rows(tree: Any, num_rows: int) -> RowTree:

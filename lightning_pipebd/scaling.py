@@ -1,8 +1,9 @@
-"""The loss scales of float16 training: one for each block, so that an overflow skips one block's update."""
+"""The loss scales of float16 training: one for each block that learns by itself, and one for a whole student."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
 
 from lightning_pipebd.runtime.gradients import BlockScaler
+from lightning_pipebd.runtime.step_scaler import StepScaler
 from lightning_pipebd.runtime.transport import Transport
 
-__all__ = ["BlockScalers"]
+__all__ = ["BlockScalers", "scale_loss", "step_scale"]
 
 _KEY = "block_loss_scales"
 
@@ -80,3 +82,25 @@ class BlockScalers:
         """Give the plugin its scaler back."""
         if self._scaler is not None and isinstance(self._plugin, MixedPrecision):
             self._plugin.scaler = self._scaler
+
+
+@contextmanager
+def step_scale(plugin: Precision, device: torch.device, transport: Transport) -> Iterator[None]:
+    """Have the precision plugin's scaler agree with all ranks inside the context; does nothing without one."""
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    if not isinstance(plugin, MixedPrecision) or scaler is None or not scaler.is_enabled():
+        yield
+        return
+    plugin.scaler = shared = StepScaler(scaler, transport, device)
+    try:
+        yield
+    finally:
+        # The user's scaler goes on where the run has ended, as after a fit in one process.
+        scaler.load_state_dict(shared.state_dict())
+        plugin.scaler = scaler
+
+
+def scale_loss(plugin: Precision, loss: Tensor) -> Tensor:
+    """Multiply the loss of a whole student by the plugin's scale, if it has one."""
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    return loss if scaler is None else scaler.scale(loss)

@@ -15,6 +15,7 @@ from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.lightning_internals import ProcessGroupStrategy
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers, pipeline_edges
+from lightning_pipebd.pipeline_replicas import sharing_groups
 from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
@@ -115,7 +116,7 @@ class SessionChoice(NamedTuple):
         if isinstance(module, TeacherStudentModule):
             way = find_pipeline_of_fit(strategy, request.finder, request.options, trainer, module, transport)
             edges = pipeline_edges(way.plan, has_momentum=module.momentum is not None)
-            transport.connect(edges, [tuple(range(way.plan.num_ranks))])
+            transport.connect(edges, sharing_groups(way.plan))
             pipeline = PipelineSession(
                 module,
                 way.plan,

@@ -61,7 +61,7 @@ class PipeBDStrategy(Replanning):
             path of a YAML file, its content as a dictionary, or a :class:`~lightning_pipebd.planning.plan.Plan`.
             ``None`` measures the blocks at the beginning of ``fit``, and finds the plan with the smallest step time.
             For a :class:`~lightning_pipebd.TeacherStudentModule`, which rank has which block of both models: such
-            text, ``"0-3|4-7 / 0-1|2-3"`` for models cut differently, or a :class:`~lightning_pipebd.PipelinePlan`.
+            text, ``"2 x 0-3|4-7 / 0-1|2-3"`` (replicas, other cuts), or a :class:`~lightning_pipebd.PipelinePlan`.
         exactness: How closely the student of one process must be reproduced: ``"bitwise"`` divides no rows; ``None``,
             as ``"summation"``, also divides the rows of blocks for which that changes only the order of sums.
         memory_limit: Memory that each rank may use, such as ``"16GiB"``; ``None`` takes what a GPU has free.

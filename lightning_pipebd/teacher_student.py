@@ -161,7 +161,7 @@ class TeacherStudentModule(DistillationModule):
         A step that is skipped (``on_nonfinite``) is none.
 
         Under a plan this runs on the rank that computes the loss. What ``loss`` keeps in the module's own buffers is
-        there, and comes into checkpoints.
+        there, and comes into checkpoints. Plans with replicas are refused: there each loss sees its rows only.
         """
 
     # What users call.
@@ -329,7 +329,11 @@ class TeacherStudentModule(DistillationModule):
     @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, and let the teacher follow: once per optimizer step, however many batches it took."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = None if scaler is None else scaler.get_scale()
         super().optimizer_step(*args, **kwargs)
+        # A scale falls where the step was skipped, and nowhere else.
+        self._is_skipped = self._is_skipped if scaler is None else scaler.get_scale() < scale
         self.follow()
 
     @override

@@ -24,6 +24,7 @@ from tests.planning.test_pipeline_drift import measurement
 COSTS = replace(
     measurement(),
     student=[replace(own, parameter_bytes=100, output_bytes_per_row=1000) for own in measurement().student],
+    one_replica_reason="",
 )
 
 
@@ -70,6 +71,16 @@ def test_a_given_plan_is_simulated_as_the_strategy_would_run_it(
     assert found["bound_ms"] is None
 
 
+def test_replicas_are_simulated_unless_all_rows_must_be_on_one_rank(
+    costs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = run_json(capsys, "simulate", "--costs", costs, "--devices", "4", "--plan", "2 x 0-1|2-3")
+    assert (found["text"], found["num_micro_batches"], found["exactness"]) == ("2 x 0-1|2-3", 8, "summation")
+    save_measurement(measurement(), tmp_path / "one.yaml")
+    assert main(["simulate", "--costs", str(tmp_path / "one.yaml"), "--devices", "2", "--plan", "2 x 0-3"]) == 1
+    assert "must have one replica, because the test says so, but 2 x 0-3 has 2" in capsys.readouterr().err
+
+
 def test_links_and_rows_that_one_does_not_have(costs: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["simulate", "--costs", costs, "--devices", "2", "--plan", "0-1|2-3", "--num-micro-batches", "2"]
     plain = run_json(capsys, *arguments)["step_time_ms"]
@@ -86,6 +97,7 @@ def test_links_and_rows_that_one_does_not_have(costs: str, capsys: pytest.Captur
         (["--plan", "joint"], "has the token 'joint'"),
         (["--plan", "nowhere.yaml"], "must name a readable YAML file"),
         (["--plan", "0-1|2-3", "--exactness", "bitwise", "--num-micro-batches", "2"], "2 micro-batches make it"),
+        (["--plan", "2 x 0-3", "--exactness", "bitwise"], "2 replicas make it summation"),
         (["--exactness", "bitwise", "--num-micro-batches", "2"], "must keep the student bitwise"),
         (["--plan", "0-1|2-3", "--memory", "10B"], "must fit the memory of every rank"),
         (["--memory", "10B"], "which need least of what was tried"),

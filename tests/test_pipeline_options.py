@@ -9,13 +9,18 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging
+from torch import nn
 
-from lightning_pipebd import PipeBDStrategy, PipelinePlan, Plan, PlanError
+from lightning_pipebd import PipeBDStrategy, PipelinePlan, Plan, PlanError, TeacherStudentModule
 from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers, even_plan
+from lightning_pipebd.pipeline_replicas import Replica
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement, StudentBlockCosts, TeacherBlockCosts
+from lightning_pipebd.planning.pipeline_program import PipelineProgram
+from lightning_pipebd.runtime.local_transport import LocalWorld
+from tests.helpers.ranks import run_threads
 from tests.helpers.toy import LinearModule, make_loader
-from tests.helpers.whole_students import Byol, Convolutional, Distil
+from tests.helpers.whole_students import Byol, Contrast, Convolutional, Distil
 
 # What Lightning says of every module that is in eval() when training begins; a momentum teacher is, on purpose.
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")
@@ -42,6 +47,14 @@ class OwnStep(Distil):
         return None
 
 
+class Words(TeacherStudentModule):
+    """A student whose first layer has sparse gradients."""
+
+    def __init__(self) -> None:
+        teacher, student = (nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Linear(4, 2)) for _ in range(2))
+        super().__init__(teacher, student, student_cuts=["0"])
+
+
 class Manual(Distil):
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +70,21 @@ class Manual(Distil):
         (Distil, {"plan": "joint"}, {}, "has the token 'joint'"),
         (Distil, {"plan": Plan.straight([1, 2])}, {}, "must be a PipelinePlan, its text or its dictionary"),
         (Distil, {"plan": "none.yaml"}, {}, "must name a readable YAML file"),
+        (Distil, {"plan": "2 x 0|1-2 / 0|1-3"}, {}, "must be for the 2 ranks of this run, but is for 4"),
+        (
+            Contrast,
+            {"plan": "2 x 0-3"},
+            {},
+            "must have one replica for Contrast, because its loss needs the full batch",
+        ),
+        (Byol, {"plan": "2 x 0-3"}, {}, "must have one replica for Byol, because it overrides `on_teacher_update`"),
+        (Words, {"plan": "2 x 0-1"}, {}, "because `student.0` has sparse gradients, which ranks cannot sum"),
+        (
+            Distil,
+            {"plan": "2 x 0-2 / 0-3", "exactness": "bitwise"},
+            {},
+            "must keep the student bitwise, because `exactness` says so, but 2 replicas make it summation",
+        ),
         (Distil, {"plan": PLAN}, {"sync_batchnorm": True}, "`sync_batchnorm` must be False"),
         (Distil, {"plan": PLAN}, {"callbacks": [StochasticWeightAveraging(0.1)]}, "must see all weights"),
         (Distil, {"plan": PLAN, "trials": 2}, {}, "`trials` must be left out"),
@@ -119,6 +147,32 @@ def test_cutting_batches_of_batch_norm_warns_and_says_so() -> None:
     assert "exactness: bitwise" in PipelineOptions().announce(plan, Convolutional())
 
 
+def test_replicas_of_batch_norm_warn_and_say_so_and_one_rank_alone_cuts_nothing() -> None:
+    plan = PipelinePlan.parse("2 x 0-2")
+    with pytest.warns(UserWarning, match=r"cut into 2 replicas, and student blocks 0, 1 use batch\s+statistics"):
+        text = PipelineOptions().announce(plan, Convolutional())
+    assert "exactness: statistics (student blocks 0, 1 see replicas, not batches)" in text
+    assert "plan: 2 x 0-2 (2 ranks, 2 replicas, a part of each batch each, 1f1b)" in text
+    assert "ranks 0, 1: teacher 0-2, student 0-2, loss" in text
+    assert PipelineOptions().micro_batches(Distil(), 1) == 1
+
+
+def test_what_belongs_to_the_loss_is_summed_with_the_last_block() -> None:
+    plan, world = PipelinePlan.parse("2 x 0-3"), LocalWorld(2)
+
+    def sum_up(rank: int) -> tuple[float, Any]:
+        module = Contrast()
+        module.temperature.grad = torch.tensor(rank + 1.0)
+        reducer = Replica(plan, world.transports[rank]).reducer(module)
+        reducer.begin(PipelineProgram.parse(f"PIPELINE rank={rank} rows=2 next=0\nREDUCE block=3 ranks=0,1"))
+        reducer.start(3, (0, 1))
+        reducer.finish()
+        assert module.temperature.grad is not None
+        return module.temperature.grad.item(), module.student_parameters(3)[0].grad
+
+    assert run_threads(2, sum_up) == [(3.0, None), (3.0, None)]
+
+
 def test_a_teacher_works_ahead_only_if_its_weights_are_known() -> None:
     found = {
         name: PipelineOptions().looks_ahead(module)
@@ -126,11 +180,3 @@ def test_a_teacher_works_ahead_only_if_its_weights_are_known() -> None:
     }
     assert found == {"frozen": True, "delayed": True, "prompt": False}
     assert not PipelineOptions(schedule="teacher-first").looks_ahead(Distil())
-
-
-def test_half_precision_with_a_loss_scale_is_refused() -> None:
-    from lightning.pytorch.plugins import MixedPrecision
-
-    scaled = MixedPrecision("16-mixed", "cpu")
-    with pytest.raises(ValueError, match="`precision` must not be '16-mixed'"):
-        fit(Distil(), {"plan": PLAN}, plugins=[scaled])

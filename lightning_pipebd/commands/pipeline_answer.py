@@ -22,6 +22,7 @@ from lightning_pipebd.planning.pipeline_explain import check_pipeline_exactness
 from lightning_pipebd.planning.pipeline_judge import PipelineCandidate
 from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.pipeline_schedule import Schedule
+from lightning_pipebd.planning.plan import PlanError
 from lightning_pipebd.runtime.partition import Partition
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
@@ -75,13 +76,18 @@ def _given(options: argparse.Namespace, measurement: PipelineMeasurement) -> Pip
     numbers = (len(measurement.teacher), len(measurement.student))
     cluster = make_cluster(options, measurement.device_class)
     chosen = _options(options)
+    plan = resolve_pipeline_plan(options.plan, numbers, cluster.num_ranks)
+    if plan.replicas > 1 and measurement.one_replica_reason:
+        raise PlanError(
+            f"`plan` must have one replica, because {measurement.one_replica_reason}, but {plan} has {plan.replicas}. "
+            "Let one pipeline have all ranks."
+        )
     number = chosen.num_micro_batches
     if number is None:
         is_whole = bool(measurement.coupled_blocks) or options.exactness == Exactness.BITWISE
-        number = default_micro_batches(cluster.num_ranks, is_whole=is_whole)
-    _check_exactness(options, number, measurement)
+        number = default_micro_batches(plan.ranks_per_replica, is_whole=is_whole)
+    _check_exactness(options, number, measurement, plan.replicas)
     schedule = Schedule(chosen.schedule or Schedule.ONE_FORWARD_ONE_BACKWARD)
-    plan = resolve_pipeline_plan(options.plan, numbers, cluster.num_ranks)
     outlook = PipelineOutlook(
         candidate=PipelineCandidate(plan, min(number, measurement.num_rows), schedule),
         measurement=measurement,
@@ -97,9 +103,12 @@ def _options(options: argparse.Namespace) -> PipelineOptions:
     return PipelineOptions(options.num_micro_batches, options.schedule, options.split_backward)
 
 
-def _check_exactness(options: argparse.Namespace, number: int, measurement: PipelineMeasurement) -> None:
+def _check_exactness(
+    options: argparse.Namespace, number: int, measurement: PipelineMeasurement, replicas: int = 1
+) -> None:
     if options.exactness is not None:
-        check_pipeline_exactness(number, measurement.coupled_blocks, Exactness(options.exactness))
+        level = Exactness(options.exactness)
+        check_pipeline_exactness(number, measurement.coupled_blocks, level, replicas=replicas)
 
 
 def _report(options: argparse.Namespace, outlook: PipelineOutlook) -> None:

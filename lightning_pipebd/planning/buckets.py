@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lightning_pipebd.planning.pipeline_program import PipelineProgram
 from lightning_pipebd.planning.program import Kind, Program
 
 __all__ = ["BUCKET_BYTES", "find_buckets"]
@@ -17,7 +18,7 @@ BUCKET_BYTES = 1 << 20
 """Gradients of this size are not kept back for more: their sum's own price is small beside them."""
 
 
-def find_buckets(program: Program, gradient_bytes: Mapping[int, int]) -> dict[int, tuple[int, ...]]:
+def find_buckets(program: Program | PipelineProgram, gradient_bytes: Mapping[int, float]) -> dict[int, tuple[int, ...]]:
     """Give the blocks whose gradients are summed together, by the last of them: their sum begins at its REDUCE.
 
     The ranks that share blocks come to the same buckets, each by its own program: they have the same REDUCEs in the
@@ -38,7 +39,8 @@ def find_buckets(program: Program, gradient_bytes: Mapping[int, int]) -> dict[in
         >>> find_buckets(program, {0: 2**19, 1: 2**19, 2: 8, 3: 8})
         {1: (0, 1), 2: (2,), 3: (3,)}
     """
-    reduces = [action for action in program.actions if action.kind is Kind.REDUCE]
+    # Programs of blocks and of whole students name their kinds alike.
+    reduces = [action for action in program.actions if action.kind.value == Kind.REDUCE.value]
     last = {action.ranks: action.index for action in reduces}
     open_buckets: dict[tuple[int, ...], list[int]] = {}
     found = {}

@@ -18,6 +18,7 @@ from math import ceil
 
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
+from lightning_pipebd.planning.pipeline_replicas import write_replicas
 from lightning_pipebd.planning.pipeline_schedule import Durations, Phase, Schedule, StepKind, Task, schedule_tasks
 from lightning_pipebd.planning.plan import PlanError, Rows
 
@@ -32,7 +33,8 @@ class PipelineStep:
 
     Args:
         num_rows: Rows of the batch, at least 1.
-        num_micro_batches: Micro-batches to cut it into, at least 1; a batch with fewer rows has as many as rows.
+        num_micro_batches: Micro-batches to cut it into, at least 1; a batch with fewer rows has as many as rows. Each
+            replica cuts its own rows so.
         teaches_own: Whether the teacher has still to work on this batch: it was not done a step ahead.
         num_next_rows: Rows of the next batch, for the teacher to work on in this step; 0 if it shall not.
         is_full_batch: Whether the loss needs the whole batch.
@@ -86,7 +88,8 @@ def compile_pipeline(
         One program per rank, index = rank. The same arguments give the same object, from a cache.
 
     Raises:
-        PlanError: A momentum teacher has other blocks than the student.
+        PlanError: A momentum teacher has other blocks than the student; there are replicas, and the loss needs the full
+            batch.
 
     Example:
         >>> first, second = compile_pipeline(PipelinePlan.parse("0|1"), PipelineStep(num_rows=4))
@@ -113,6 +116,8 @@ def compile_pipeline(
 
 @lru_cache(maxsize=64)
 def _compile(plan: PipelinePlan, step: PipelineStep, durations: Durations) -> tuple[PipelineProgram, ...]:
+    if plan.replicas > 1:
+        return write_replicas(plan, step, lambda one: _compile(plan.one, one, durations))
     orders = schedule_tasks(
         plan,
         durations,

@@ -111,6 +111,7 @@ class PipelineMeasurement:
         is_full_batch: Whether the loss needs the whole batch.
         coupled_blocks: Student blocks whose result depends on how a batch is cut.
         whole_reason: Why batches may not be cut at all; empty if they may.
+        one_replica_reason: Why there must be one replica; empty if there may be more.
 
     Raises:
         CostError: A model has no block, a momentum teacher has other blocks, or a number is impossible.
@@ -147,6 +148,7 @@ class PipelineMeasurement:
     is_full_batch: bool = False
     coupled_blocks: tuple[int, ...] = ()
     whole_reason: str = ""
+    one_replica_reason: str = ""
 
     def __post_init__(self) -> None:
         for name in ("teacher", "student", "coupled_blocks"):
@@ -186,3 +188,8 @@ class PipelineMeasurement:
     def may_cut(self) -> bool:
         """Whether cutting batches changes nothing but the order of sums."""
         return not self.coupled_blocks and not self.whole_reason
+
+    @property
+    def may_replicate(self) -> bool:
+        """Whether replicas, each with its rows of a batch, change nothing but the order of sums."""
+        return self.may_cut and not self.one_replica_reason

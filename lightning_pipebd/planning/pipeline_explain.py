@@ -12,29 +12,41 @@ from lightning_pipebd.planning.plan import PlanError
 __all__ = ["check_pipeline_exactness", "describe_exactness", "explain_pipeline", "pipeline_exactness"]
 
 
-def pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[int]) -> Exactness:
+def pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[int], *, replicas: int = 1) -> Exactness:
     """Name the class of exactness.
 
     Args:
-        num_micro_batches: Micro-batches of a batch.
+        num_micro_batches: Micro-batches of a replica's rows of a batch.
         coupled_blocks: Student blocks that use batch statistics or draw random numbers, or the like.
+        replicas: Pipelines side by side.
 
     Example:
         >>> [str(pipeline_exactness(*case)) for case in ((1, [0]), (4, []), (4, [0]))]
         ['bitwise', 'summation', 'statistics']
+        >>> str(pipeline_exactness(1, [], replicas=2))
+        'summation'
     """
-    if num_micro_batches == 1:
+    if num_micro_batches == replicas == 1:
         return Exactness.BITWISE
     return Exactness.STATISTICS if coupled_blocks else Exactness.SUMMATION
 
 
-def check_pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[int], level: Exactness) -> None:
+def check_pipeline_exactness(
+    num_micro_batches: int, coupled_blocks: Sequence[int], level: Exactness, *, replicas: int = 1
+) -> None:
     """Raise if batches are cut more finely than a class of exactness allows.
 
     Raises:
         PlanError: They are.
     """
-    found, order = pipeline_exactness(num_micro_batches, coupled_blocks), list(Exactness)
+    order = list(Exactness)
+    found = pipeline_exactness(1, coupled_blocks, replicas=replicas)
+    if order.index(found) > order.index(level):
+        raise PlanError(
+            f"`plan` must keep the student {level}, because `exactness` says so, but {replicas} replicas make it "
+            f"{found}. Give a plan of one replica, or leave `exactness` out."
+        )
+    found = pipeline_exactness(num_micro_batches, coupled_blocks)
     if order.index(found) > order.index(level):
         raise PlanError(
             f"`num_micro_batches` must keep the student {level}, because `exactness` says so, but "
@@ -42,19 +54,20 @@ def check_pipeline_exactness(num_micro_batches: int, coupled_blocks: Sequence[in
         )
 
 
-def describe_exactness(num_micro_batches: int, coupled_blocks: Sequence[int]) -> str:
+def describe_exactness(num_micro_batches: int, coupled_blocks: Sequence[int], *, replicas: int = 1) -> str:
     """Name the class of exactness, and say why it is that.
 
     Example:
         >>> describe_exactness(1, [0])
         'bitwise (batches are not cut)'
     """
+    parts = " and ".join(["replicas"] * (replicas > 1) + ["micro-batches"] * (num_micro_batches > 1))
     reasons = {
         Exactness.BITWISE: "batches are not cut",
-        Exactness.SUMMATION: "micro-batches are added up one after another",
-        Exactness.STATISTICS: f"student blocks {', '.join(map(str, coupled_blocks))} see micro-batches, not batches",
+        Exactness.SUMMATION: f"{parts} are added up one after another",
+        Exactness.STATISTICS: f"student blocks {', '.join(map(str, coupled_blocks))} see {parts}, not batches",
     }
-    exactness = pipeline_exactness(num_micro_batches, coupled_blocks)
+    exactness = pipeline_exactness(num_micro_batches, coupled_blocks, replicas=replicas)
     return f"{exactness} ({reasons[exactness]})"
 
 
@@ -70,7 +83,7 @@ def explain_pipeline(
 
     Args:
         plan: The plan.
-        num_micro_batches: Micro-batches of a batch.
+        num_micro_batches: Micro-batches of a batch, or of a replica's rows of it.
         schedule: Order of the work.
         looks_ahead: Whether the teacher works on the next batch in the gaps.
         coupled_blocks: Student blocks whose result depends on how a batch is cut.
@@ -85,15 +98,30 @@ def explain_pipeline(
         exactness: summation (micro-batches are added up one after another)
     """
     number = f"{num_micro_batches} micro-batches" if num_micro_batches > 1 else "whole batches"
+    if plan.replicas > 1:
+        each = f"{num_micro_batches} micro-batches each" if num_micro_batches > 1 else "a part of each batch each"
+        number = f"{plan.replicas} replicas, {each}"
     ahead = "the next batch while a rank would wait" if looks_ahead else "the batch that is trained on"
     return "\n".join(
         [
             f"plan: {plan} ({plan.num_ranks} ranks, {number}, {schedule})",
-            *(f"rank {rank}: {_duties(plan, rank)}" for rank in range(plan.num_ranks)),
+            *(f"{_name(plan, rank)}: {_duties(plan, rank)}" for rank in range(plan.ranks_per_replica)),
+            *_sums(plan),
             f"teacher: works on {ahead}",
-            f"exactness: {describe_exactness(num_micro_batches, coupled_blocks)}",
+            f"exactness: {describe_exactness(num_micro_batches, coupled_blocks, replicas=plan.replicas)}",
         ]
     )
+
+
+def _name(plan: PipelinePlan, rank: int) -> str:
+    ranks = plan.sharing_ranks(rank)
+    return f"rank {rank}" if plan.replicas == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def _sums(plan: PipelinePlan) -> list[str]:
+    if plan.replicas == 1:
+        return []
+    return [f"replicas: rank {plan.loading_rank} loads for all, gradients are summed before updates"]
 
 
 def _duties(plan: PipelinePlan, rank: int) -> str:
@@ -103,7 +131,7 @@ def _duties(plan: PipelinePlan, rank: int) -> str:
         for stage in stages
         if stage.rank == rank
     ]
-    duties += ["loads"] * (rank == plan.loading_rank) + ["loss"] * (rank == plan.loss_rank)
+    duties += ["loads"] * (rank == plan.loading_rank and plan.replicas == 1) + ["loss"] * (rank == plan.loss_rank)
     return ", ".join(duties) or "nothing"
 
 

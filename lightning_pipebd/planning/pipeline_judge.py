@@ -28,13 +28,18 @@ class PipelineCandidate(NamedTuple):
 
     Args:
         plan: Which rank has which block.
-        num_micro_batches: Parts of a batch.
+        num_micro_batches: Parts of a batch, or of each replica's rows of it.
         schedule: Order of the work.
     """
 
     plan: PipelinePlan
     num_micro_batches: int
     schedule: Schedule
+
+    @property
+    def num_parts(self) -> int:
+        """Parts of a batch, those of all replicas."""
+        return self.plan.replicas * self.num_micro_batches
 
 
 class PipelineJudgement(NamedTuple):
@@ -89,7 +94,7 @@ class PipelineJudge:
             splits_backward=self.splits_backward,
             has_momentum=costs.has_momentum,
         )
-        return compile_pipeline(candidate.plan, step, self.durations(candidate.num_micro_batches))
+        return compile_pipeline(candidate.plan, step, self.durations(candidate.num_parts))
 
     def memory(self, candidate: PipelineCandidate) -> tuple[MemoryUse, ...]:
         """Give what every rank holds at its peak."""
@@ -105,7 +110,7 @@ class PipelineJudge:
         programs = self.programs(candidate)
         found = simulate_pipeline(
             programs,
-            self.costs(candidate.num_micro_batches),
+            self.costs(candidate.num_parts),
             num_steps=_NUM_STEPS,
             max_in_flight=self.max_in_flight,
         )
@@ -121,19 +126,19 @@ class PipelineJudge:
             if limit is not None and use.total_bytes > limit
         )
 
-    def durations(self, num_micro_batches: int) -> Durations:
+    def durations(self, num_parts: int) -> Durations:
         """Give what the order of the work follows from."""
-        costs = self.costs(num_micro_batches)
+        costs = self.costs(num_parts)
         return Durations(teacher=costs.teach_ms, student=costs.forward_ms, backward=costs.backward_ms)
 
-    def costs(self, num_micro_batches: int) -> PipelineCosts:
+    def costs(self, num_parts: int) -> PipelineCosts:
         """Give the times of a whole batch that is cut so."""
-        return _pipeline_costs(self.measurement, self.cluster, num_micro_batches)
+        return _pipeline_costs(self.measurement, self.cluster, num_parts)
 
 
 @cache
-def _pipeline_costs(measured: PipelineMeasurement, cluster: Cluster, num_micro_batches: int) -> PipelineCosts:
-    number = min(num_micro_batches, measured.num_rows)
+def _pipeline_costs(measured: PipelineMeasurement, cluster: Cluster, num_parts: int) -> PipelineCosts:
+    number = min(num_parts, measured.num_rows)
     rows = measured.num_rows / number
     load_ms = measured.loader.load_ms(measured.num_rows)
     sizes: dict[Stream, list[float]] = {
@@ -154,6 +159,7 @@ def _pipeline_costs(measured: PipelineMeasurement, cluster: Cluster, num_micro_b
         recv_ms=measured.recv_ms,
         load_ms=measured.loader.occupation * load_ms,
         background_load_ms=(1 - measured.loader.occupation) * load_ms,
+        gradient_bytes=tuple(block.gradient_bytes for block in measured.student),
         stream_bytes=sizes,
         links=(measured.same_node, measured.other_node),
         node=cluster.node,

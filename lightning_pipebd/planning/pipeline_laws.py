@@ -29,14 +29,15 @@ def check_pipeline_laws(plan: PipelinePlan, programs: Sequence[PipelineProgram],
     Raises:
         LawError: The first broken law, with rank and action: "one program per rank", "work where the plan says", "each
             micro-batch once", "one batch after the other", "a receive for each send", "a send for each receive",
-            "nothing before its input", "updated once, after backward", "the teacher follows after the update", "no
-            cycle of waits".
+            "nothing before its input", "summed once, after backward", "updated once, after backward", "the teacher
+            follows after the update", "no cycle of waits".
     """
     _check_programs(plan, programs, step)
     _check_work(plan, programs, step)
     _check_messages(programs)
     for program in programs:
         _check_inputs(plan, program, step)
+        _check_sums(plan, program, step)
         _check_end(plan, program, step)
     _check_waits(programs)
 
@@ -58,16 +59,20 @@ def _check_work(plan: PipelinePlan, programs: Sequence[PipelineProgram], step: P
         if step.splits_backward
         else (PipelineKind.BACKWARD,)
     )
-    own, following = Rows(0, step.num_rows), Rows(0, step.num_next_rows)
-    wanted: dict[_Thing, tuple[int, Rows]] = {("LOSS", 0, False): (plan.loss_rank, own)}
-    for kind in (PipelineKind.FORWARD, *backward):
-        wanted |= {(kind.value, block, False): (rank, own) for block, rank in enumerate(plan.student)}
-    for block, rank in enumerate(plan.teacher):
-        wanted["TEACH", block, False] = (rank, own if step.teaches_own else Rows(0, 0))
-        wanted["TEACH", block, True] = (rank, following)
-    done: dict[_Thing, list[Rows]] = {}
+    wanted: dict[tuple[int, _Thing], tuple[int, Rows]] = {}
+    for replica in range(plan.replicas):
+        own, following = plan.rows(replica, step.num_rows), plan.rows(replica, step.num_next_rows)
+        first = replica * plan.ranks_per_replica
+        wanted[replica, ("LOSS", 0, False)] = (first + plan.loss_rank, own)
+        for kind in (PipelineKind.FORWARD, *backward):
+            for block, rank in enumerate(plan.student):
+                wanted[replica, (kind.value, block, False)] = (first + rank, own)
+        for block, rank in enumerate(plan.teacher):
+            wanted[replica, ("TEACH", block, False)] = (first + rank, own if step.teaches_own else Rows(0, 0))
+            wanted[replica, ("TEACH", block, True)] = (first + rank, following)
+    done: dict[tuple[int, _Thing], list[Rows]] = {}
     for program in programs:
-        has_begun_next = False
+        replica, has_begun_next = plan.place(program.rank)[0], False
         for position, action in enumerate(program.actions):
             if action.kind not in _WORK:
                 continue
@@ -75,8 +80,8 @@ def _check_work(plan: PipelinePlan, programs: Sequence[PipelineProgram], step: P
                 found = "the rank has taught of the next batch before, for which a momentum teacher moves on"
                 raise LawError("one batch after the other", program.rank, position, action, found)
             has_begun_next |= action.kind is PipelineKind.TEACH and action.is_next
-            thing = (action.kind.value, action.index, action.is_next)
-            rank, _ = wanted.get(thing, (-1, own))
+            thing = (replica, (action.kind.value, action.index, action.is_next))
+            rank, _ = wanted.get(thing, (-1, Rows(0, 0)))
             if rank != program.rank:
                 found = "the plan has it on no rank" if rank < 0 else f"the plan has it on rank {rank}"
                 raise LawError("work where the plan says", program.rank, position, action, found)
@@ -84,7 +89,7 @@ def _check_work(plan: PipelinePlan, programs: Sequence[PipelineProgram], step: P
     for thing, (rank, rows) in wanted.items():
         parts = done.get(thing, [])
         if sum(part.num_rows for part in parts) != rows.num_rows or any(part != rows for part in merge_rows(parts)):
-            found = f"{thing[0]} of block {thing[1]} has rows {', '.join(map(str, parts)) or 'none'} of {rows}"
+            found = f"{thing[1][0]} of block {thing[1][1]} has rows {', '.join(map(str, parts)) or 'none'} of {rows}"
             raise LawError("each micro-batch once", rank, None, None, found)
 
 
@@ -116,13 +121,19 @@ def _message(rank: int, action: PipelineAction) -> tuple[object, ...]:
 
 def _check_inputs(plan: PipelinePlan, program: PipelineProgram, step: PipelineStep) -> None:
     present: dict[_Thing, list[Rows]] = {}
-    if program.rank == plan.loss_rank and not step.teaches_own:
-        present[_thing(Stream.BOUNDARY, len(plan.teacher))] = [Rows(0, step.num_rows)]
+    replica, rank = plan.place(program.rank)
+    if rank == plan.loss_rank and not step.teaches_own:
+        present[_thing(Stream.BOUNDARY, len(plan.teacher))] = [plan.rows(replica, step.num_rows)]
+    if replica and rank == plan.loading_rank and not step.teaches_own:
+        # They came with what the teacher saw of this batch, a step ahead.
+        present |= {
+            _thing(stream, 0): [plan.rows(replica, step.num_rows)] for stream in (Stream.HIDDEN, Stream.TARGETS)
+        }
     for position, action in enumerate(program.actions):
         for thing in _needs(plan, action, step):
             if not any(rows.contains(action.rows) for rows in merge_rows(present.get(thing, []))):
                 raise LawError("nothing before its input", program.rank, position, action, _NOT_YET)
-        for thing in _makes(plan, action):
+        for thing in _makes(plan, action, step):
             present.setdefault(thing, []).append(action.rows)
 
 
@@ -132,7 +143,9 @@ def _thing(stream: Stream, index: int, is_next: bool = False) -> _Thing:
 
 def _needs(plan: PipelinePlan, action: PipelineAction, step: PipelineStep) -> Iterator[_Thing]:
     kind, index = action.kind, action.index
-    if kind is PipelineKind.SEND and action.stream is not Stream.WEIGHTS:
+    if kind is PipelineKind.SEND and action.stream is Stream.INPUTS:
+        yield _thing(Stream.BOUNDARY if action.is_next else Stream.HIDDEN, 0, action.is_next)
+    elif kind is PipelineKind.SEND and action.stream is not Stream.WEIGHTS:
         yield _thing(action.stream, index, action.is_next)
     elif kind is PipelineKind.TEACH:
         yield _thing(Stream.BOUNDARY, index, action.is_next)
@@ -150,10 +163,11 @@ def _needs(plan: PipelinePlan, action: PipelineAction, step: PipelineStep) -> It
         yield "input gradient", index, False
 
 
-def _makes(plan: PipelinePlan, action: PipelineAction) -> Iterator[_Thing]:
+def _makes(plan: PipelinePlan, action: PipelineAction, step: PipelineStep) -> Iterator[_Thing]:
     kind, index = action.kind, action.index
-    if kind is PipelineKind.LOAD:
-        yield _thing(Stream.BOUNDARY, 0, action.is_next)
+    if kind is PipelineKind.LOAD or action.stream is Stream.INPUTS:
+        if action.is_next or step.teaches_own:
+            yield _thing(Stream.BOUNDARY, 0, action.is_next)
         if not action.is_next:
             yield _thing(Stream.HIDDEN, 0)
             yield _thing(Stream.TARGETS, 0)
@@ -170,10 +184,30 @@ def _makes(plan: PipelinePlan, action: PipelineAction) -> Iterator[_Thing]:
         yield "input gradient", index, False
 
 
+def _check_sums(plan: PipelinePlan, program: PipelineProgram, step: PipelineStep) -> None:
+    """Check the sums over replicas: all of them in one order, so that ranks that share blocks meet in each."""
+    law, rank = "summed once, after backward", plan.place(program.rank)[1]
+    due = [block for block, owner in enumerate(plan.student) if owner == rank]
+    due, summed = due if step.update and plan.replicas > 1 else [], set[int]()
+    for position, action in enumerate(program.actions):
+        if action.kind is PipelineKind.REDUCE:
+            if not due or action.index != due[-1] or action.ranks != plan.sharing_ranks(rank):
+                found = (
+                    f"the next is block {due[-1]} over ranks {plan.sharing_ranks(rank)}" if due else "nothing is due"
+                )
+                raise LawError(law, program.rank, position, action, found)
+            summed.add(due.pop())
+        elif action.kind is PipelineKind.UPDATE and due:
+            raise LawError(law, program.rank, position, action, f"block {due[-1]} was not summed")
+        elif action.kind in (PipelineKind.BACKWARD, PipelineKind.BACKWARD_WEIGHT) and action.index in summed:
+            raise LawError(law, program.rank, position, action, "the block was summed before")
+
+
 def _check_end(plan: PipelinePlan, program: PipelineProgram, step: PipelineStep) -> None:
     """Check what follows the backwards: each block's update once, then the teacher's."""
     rank, updated, followed = program.rank, set[int](), set[int]()
-    arrived = {block for block, owner in enumerate(plan.student) if owner == rank} if step.update else set()
+    place = plan.place(rank)[1]
+    arrived = {block for block, owner in enumerate(plan.student) if owner == place} if step.update else set()
     received: set[int] = set()
     for position, action in enumerate(program.actions):
         if action.kind is PipelineKind.UPDATE:
@@ -191,7 +225,7 @@ def _check_end(plan: PipelinePlan, program: PipelineProgram, step: PipelineStep)
                 found = "the student block's new weights are not there, or the teacher block has followed before"
                 raise LawError("the teacher follows after the update", rank, position, action, found)
             followed.add(action.index)
-    due = {block for block, owner in enumerate(plan.teacher) if owner == rank}
+    due = {block for block, owner in enumerate(plan.teacher) if owner == place}
     if updated != arrived:
         found = f"it has no UPDATE of block {min(arrived - updated)}"
         raise LawError("updated once, after backward", rank, None, None, found)
@@ -203,6 +237,7 @@ def _check_end(plan: PipelinePlan, program: PipelineProgram, step: PipelineStep)
 def _check_waits(programs: Sequence[PipelineProgram]) -> None:
     places = [0] * len(programs)
     sent: set[tuple[object, ...]] = set()
+    begun: set[tuple[int, int]] = set()
     has_moved = True
     while has_moved:
         has_moved = False
@@ -211,13 +246,23 @@ def _check_waits(programs: Sequence[PipelineProgram]) -> None:
                 action = program.actions[places[program.rank]]
                 if action.kind is PipelineKind.RECV and _message(program.rank, action) not in sent:
                     break
+                if action.kind is PipelineKind.UPDATE and not _awaited(program) <= begun:
+                    break
                 if action.kind is PipelineKind.SEND:
                     sent.add(_message(program.rank, action))
+                if action.kind is PipelineKind.REDUCE:
+                    begun.add((program.rank, action.index))
                 places[program.rank] += 1
                 has_moved = True
     for program, place in zip(programs, places, strict=True):
         if place < len(program.actions):
             raise LawError("no cycle of waits", program.rank, place, program.actions[place], "it waits for ever")
+
+
+def _awaited(program: PipelineProgram) -> set[tuple[int, int]]:
+    """Give what must have begun before a rank's first update: every sum it takes part in, on every rank."""
+    sums = (action for action in program.actions if action.kind is PipelineKind.REDUCE)
+    return {(rank, action.index) for action in sums for rank in action.ranks}
 
 
 _WORK = {

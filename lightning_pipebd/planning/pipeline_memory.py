@@ -48,14 +48,21 @@ def pipeline_memory(
     sizes, blocks = stream_row_bytes(costs), stage_bytes(costs)
     uses = []
     for program in programs:
+        place = plan.place(program.rank)[1]
         weights = sum(
             own[block]
             for own, ranks in zip(blocks, (plan.teacher, plan.student), strict=True)
             for block, rank in enumerate(ranks)
-            if rank == program.rank
+            if rank == place
+        )
+        # Sums over replicas go through a copy.
+        weights += sum(
+            costs.student[action.index].gradient_bytes
+            for action in program.actions
+            if action.kind is PipelineKind.REDUCE
         )
         queues = sum(
-            sizes[action.stream][action.index] * action.rows.num_rows
+            _row_bytes(sizes, action) * action.rows.num_rows
             for action in program.actions
             if action.kind in (PipelineKind.SEND, PipelineKind.RECV) and action.stream is not Stream.WEIGHTS
         )
@@ -66,6 +73,15 @@ def pipeline_memory(
         )
         uses.append(MemoryUse(weights, _Walk(plan, program, costs, sizes).peak(), queues))
     return tuple(uses)
+
+
+def _row_bytes(sizes: dict[Stream, list[int]], action: PipelineAction) -> int:
+    """Give the bytes per row of a message, or of what is loaded."""
+    if action.kind is not PipelineKind.LOAD and action.stream is not Stream.INPUTS:
+        return sizes[action.stream][action.index]
+    is_teachers = action.kind is PipelineKind.LOAD and action.is_next
+    streams = (Stream.BOUNDARY,) if is_teachers else (Stream.BOUNDARY, Stream.HIDDEN, Stream.TARGETS)
+    return sum(sizes[stream][0] for stream in streams)
 
 
 class _Walk:
@@ -82,15 +98,20 @@ class _Walk:
         self.program = program
         self.costs = costs
         self.sizes = sizes
-        self.loads = program.rank == plan.loading_rank
+        self.replica, self.rank = plan.place(program.rank)
+        self.loads = self.rank == plan.loading_rank
         is_split = any(action.kind is PipelineKind.BACKWARD_WEIGHT for action in program.actions)
         self.last = PipelineKind.BACKWARD_WEIGHT if is_split else PipelineKind.BACKWARD
 
     def peak(self) -> int:
         alive = 0
-        if self.program.rank == self.plan.loss_rank and self.program.num_next_rows:
+        num_rows = self.plan.rows(self.replica, self.program.num_rows).num_rows if self.program.num_next_rows else 0
+        if self.rank == self.plan.loss_rank:
             # What was taught a step ahead.
-            alive = self.sizes[Stream.BOUNDARY][-1] * self.program.num_rows
+            alive = self.sizes[Stream.BOUNDARY][-1] * num_rows
+        if self.replica and self.loads:
+            # What was sent a step ahead.
+            alive += sum(self.sizes[stream][0] for stream in (Stream.HIDDEN, Stream.TARGETS)) * num_rows
         peak = alive
         for action in self.program.actions:
             new, work, gone = self._changes(action)
@@ -102,11 +123,9 @@ class _Walk:
     def _changes(self, action: PipelineAction) -> tuple[int, int, int]:
         """Give what an action brings, what it needs for a while, and what is gone after it; in bytes."""
         kind, rows, index = action.kind, action.rows.num_rows, action.index
-        if kind is PipelineKind.LOAD:
-            streams = (Stream.BOUNDARY,) if action.is_next else (Stream.BOUNDARY, Stream.HIDDEN, Stream.TARGETS)
-            return sum(self.sizes[stream][0] for stream in streams) * rows, 0, 0
-        if kind is PipelineKind.RECV and action.stream is not Stream.WEIGHTS:
-            return self.sizes[action.stream][index] * rows, 0, 0
+        is_received = kind is PipelineKind.RECV and action.stream is not Stream.WEIGHTS
+        if kind is PipelineKind.LOAD or is_received:
+            return _row_bytes(self.sizes, action) * rows, 0, 0
         if kind is PipelineKind.SEND and action.stream is Stream.GRADIENT:
             return 0, 0, self.sizes[Stream.GRADIENT][index] * rows
         if kind is PipelineKind.SEND and action.stream is Stream.BOUNDARY and index:

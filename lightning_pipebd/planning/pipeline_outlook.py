@@ -12,7 +12,12 @@ from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 from lightning_pipebd.planning.pipeline_explain import explain_pipeline, pipeline_exactness
 from lightning_pipebd.planning.pipeline_judge import PipelineCandidate, PipelineJudge, PipelineJudgement, replicas_ms
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
-from lightning_pipebd.planning.pipeline_planner import PipelineChoice, find_pipeline, micro_batch_counts
+from lightning_pipebd.planning.pipeline_planner import (
+    PipelineChoice,
+    find_pipeline,
+    micro_batch_counts,
+    replica_micro_batches,
+)
 from lightning_pipebd.planning.pipeline_schedule import Durations, Schedule
 from lightning_pipebd.planning.pipeline_simulate import PipelineCosts, PipelineSimulation, simulate_pipeline
 from lightning_pipebd.planning.plan import PlanError
@@ -44,6 +49,7 @@ class PipelineOutlook:
     max_in_flight: int = 2
     choice: PipelineChoice | None = None
     numbers: tuple[int, ...] = ()
+    replica_numbers: tuple[tuple[int, tuple[int, ...]], ...] = ()
     schedules: tuple[Schedule, ...] = ()
 
     @classmethod
@@ -80,13 +86,20 @@ class PipelineOutlook:
             numbers = micro_batch_counts(measurement.num_rows, cluster.num_ranks)
         schedules = tuple(Schedule) if schedule is None else (Schedule(schedule),)
         judge = PipelineJudge(measurement, cluster, splits_backward, max_in_flight)
-        return cls._search(judge, numbers, schedules)
+        others: dict[int, tuple[int, ...]] = {}
+        if exactness != Exactness.BITWISE:
+            others = replica_micro_batches(measurement, cluster.num_ranks, num_micro_batches)
+        return cls._search(judge, numbers, tuple(others.items()), schedules)
 
     @classmethod
     def _search(
-        cls, judge: PipelineJudge, numbers: tuple[int, ...], schedules: tuple[Schedule, ...]
+        cls,
+        judge: PipelineJudge,
+        numbers: tuple[int, ...],
+        replica_numbers: tuple[tuple[int, tuple[int, ...]], ...],
+        schedules: tuple[Schedule, ...],
     ) -> PipelineOutlook:
-        choice = find_pipeline(judge, numbers=numbers, schedules=schedules)
+        choice = find_pipeline(judge, numbers=numbers, replica_numbers=dict(replica_numbers), schedules=schedules)
         return cls(
             candidate=choice.best.candidate,
             measurement=judge.measurement,
@@ -95,6 +108,7 @@ class PipelineOutlook:
             max_in_flight=judge.max_in_flight,
             choice=choice,
             numbers=numbers,
+            replica_numbers=replica_numbers,
             schedules=schedules,
         )
 
@@ -105,7 +119,7 @@ class PipelineOutlook:
             PlanError: Nothing fits the memory.
         """
         judge = PipelineJudge(measurement, self.cluster, self.splits_backward, self.max_in_flight)
-        return self._search(judge, self.numbers, self.schedules)
+        return self._search(judge, self.numbers, self.replica_numbers, self.schedules)
 
     @property
     def plan(self) -> PipelinePlan:
@@ -130,17 +144,18 @@ class PipelineOutlook:
     @property
     def exactness(self) -> Exactness:
         """How closely the student of one process is repeated."""
-        return pipeline_exactness(self.candidate.num_micro_batches, self.measurement.coupled_blocks)
+        coupled = self.measurement.coupled_blocks
+        return pipeline_exactness(self.candidate.num_micro_batches, coupled, replicas=self.plan.replicas)
 
     @property
     def durations(self) -> Durations:
         """What the order of the work follows from."""
-        return self._judge.durations(self.candidate.num_micro_batches)
+        return self._judge.durations(self.candidate.num_parts)
 
     @property
     def costs(self) -> PipelineCosts:
         """What a whole batch takes, cut as it will be."""
-        return self._judge.costs(self.candidate.num_micro_batches)
+        return self._judge.costs(self.candidate.num_parts)
 
     @property
     def _judge(self) -> PipelineJudge:
@@ -233,6 +248,8 @@ class PipelineOutlook:
             yield from self._alternative_lines(self.choice)
         if self.measurement.whole_reason:
             yield f"  Batches are not cut: {self.measurement.whole_reason}"
+        if self.measurement.one_replica_reason:
+            yield f"  There is one replica, because {self.measurement.one_replica_reason}."
         yield f'  {self._beside(self.replicas_ms)}: strategy="ddp", all blocks on every rank'
         uses = (f"rank {rank} {format_bytes(use.total_bytes)}" for rank, use in enumerate(judgement.memory))
         yield f"  memory: {', '.join(uses)}"
@@ -244,7 +261,12 @@ class PipelineOutlook:
             if found is not None and schedule is not self.candidate.schedule:
                 yield f"  {self._beside(found.step_time_ms)}: {schedule}, {_describe(found.candidate)}"
         whole = choice.fastest(is_whole=True)
-        if whole is not None and self.candidate.num_micro_batches > 1:
+        for replicas in sorted({own.candidate.plan.replicas for own in choice.judged} - {self.plan.replicas}):
+            found = choice.fastest(replicas=replicas)
+            assert found is not None
+            number = "one replica" if replicas == 1 else f"{replicas} replicas"
+            yield f"  {self._beside(found.step_time_ms)}: {number}, {_describe(found.candidate)}"
+        if whole is not None and self.candidate.num_parts > 1:
             yield f"  {self._beside(whole.step_time_ms)}: whole batches, which repeat one process bit for bit"
 
     def _beside(self, other_ms: float) -> str:
@@ -254,4 +276,5 @@ class PipelineOutlook:
 
 def _describe(candidate: PipelineCandidate) -> str:
     number = candidate.num_micro_batches
-    return f"{candidate.plan} with {'whole batches' if number == 1 else f'{number} micro-batches'}"
+    whole = "whole batches" if candidate.num_parts == 1 else "one micro-batch"
+    return f"{candidate.plan} with {whole if number == 1 else f'{number} micro-batches'}"

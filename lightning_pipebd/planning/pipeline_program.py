@@ -39,6 +39,7 @@ class PipelineKind(str, Enum):
     BACKWARD = "BACKWARD"
     BACKWARD_INPUT = "BACKWARD_INPUT"
     BACKWARD_WEIGHT = "BACKWARD_WEIGHT"
+    REDUCE = "REDUCE"
     UPDATE = "UPDATE"
     EMA = "EMA"
 
@@ -59,6 +60,8 @@ class Stream(IntEnum):
     """What the loss needs of the batch."""
     WEIGHTS = 4
     """A student block's weights, for a momentum teacher elsewhere."""
+    INPUTS = 5
+    """What another replica trains on: both models' inputs, and what the loss needs of the batch."""
 
     @property
     def word(self) -> str:
@@ -76,12 +79,15 @@ class PipelineAction(NamedTuple):
         stream: What SEND and RECV move.
         peer: Rank that RECV receives from or SEND sends to.
         is_next: Whether the rows are those of the next batch.
+        ranks: Ranks that REDUCE together, ascending.
 
     Example:
         >>> print(PipelineAction(PipelineKind.SEND, 2, Rows(0, 4), Stream.GRADIENT, peer=0))
         SEND gradient=2 rows=0:4 to=0
         >>> PipelineAction.parse("TEACH block=1 rows=0:4 batch=next").is_next
         True
+        >>> PipelineAction.parse("REDUCE block=1 ranks=1,3").ranks
+        (1, 3)
     """
 
     kind: PipelineKind
@@ -90,6 +96,7 @@ class PipelineAction(NamedTuple):
     stream: Stream = Stream.BOUNDARY
     peer: int = -1
     is_next: bool = False
+    ranks: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return " ".join([self.kind.value, *(f"{word}={value}" for word, value in self._words())])
@@ -104,6 +111,8 @@ class PipelineAction(NamedTuple):
             words.append(("rows", self.rows))
         if self.kind in _MOVES:
             words.append((_MOVES[self.kind], self.peer))
+        if self.kind is PipelineKind.REDUCE:
+            words.append(("ranks", ",".join(map(str, self.ranks))))
         return [*words, ("batch", "next")] if self.is_next else words
 
     @classmethod
@@ -126,6 +135,7 @@ class PipelineAction(NamedTuple):
                 stream,
                 int(words.get(_MOVES.get(kind, ""), -1)),
                 words.get("batch") == "next",
+                tuple(map(int, words["ranks"].split(","))) if "ranks" in words else (),
             )
         except ValueError:
             action = None
@@ -184,4 +194,4 @@ class PipelineProgram(NamedTuple):
 
 _MOVES = {PipelineKind.SEND: "to", PipelineKind.RECV: "from"}
 _WITHOUT_BLOCK = {PipelineKind.LOAD, PipelineKind.LOSS}
-_WITHOUT_ROWS = {PipelineKind.UPDATE, PipelineKind.EMA}
+_WITHOUT_ROWS = {PipelineKind.REDUCE, PipelineKind.UPDATE, PipelineKind.EMA}

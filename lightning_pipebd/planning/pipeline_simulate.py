@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lightning_pipebd.planning.buckets import find_buckets
 from lightning_pipebd.planning.costs import LinkCost
 from lightning_pipebd.planning.event_loop import run_timetable
-from lightning_pipebd.planning.operations import Channel, Operation, OperationKind, Timetable
+from lightning_pipebd.planning.operations import Channel, Gathering, Operation, OperationKind, Timetable
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, write_programs
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
@@ -34,6 +35,7 @@ class PipelineCosts:
         recv_ms: What it takes of the receiver's.
         load_ms: Loading, as far as it occupies the loading rank's own thread.
         background_load_ms: Loading beside it.
+        gradient_bytes: For every student block, its gradients, which replicas sum; nothing where nothing is said.
         stream_bytes: What each stream has at each place (block or boundary) for a whole batch; the rest is free.
         links: What messages cost within a node, and between nodes.
         node: Number of each rank's node; empty for one node.
@@ -50,6 +52,7 @@ class PipelineCosts:
     recv_ms: float = 0.0
     load_ms: float = 0.0
     background_load_ms: float = 0.0
+    gradient_bytes: tuple[float, ...] = ()
     stream_bytes: Mapping[Stream, Sequence[float]] = field(default_factory=dict)
     links: tuple[LinkCost, LinkCost] = (LinkCost(), LinkCost())
     node: tuple[int, ...] = ()
@@ -60,13 +63,16 @@ class PipelineCosts:
         ones = (1.0,) * num_blocks
         return cls(teach_ms=(teacher_ratio,) * num_blocks, forward_ms=ones, backward_ms=(2.0,) * num_blocks)
 
-    def link(self, sender: int, receiver: int) -> LinkCost:
-        """Give the cost of the link between two ranks."""
-        is_near = not self.node or self.node[sender] == self.node[receiver]
+    def link(self, *ranks: int) -> LinkCost:
+        """Give the cost of the link between ranks: the slower one, if they are of different nodes."""
+        is_near = not self.node or len({self.node[rank] for rank in ranks}) == 1
         return self.links[0 if is_near else 1]
 
     def message_bytes(self, program: PipelineProgram, action: PipelineAction) -> float:
         """Give the bytes of a message."""
+        if action.stream is Stream.INPUTS:
+            streams = (Stream.HIDDEN, Stream.BOUNDARY, Stream.TARGETS)
+            return sum(self.stream_bytes.get(stream, (0.0,))[0] for stream in streams) * _share(program, action)
         sizes = self.stream_bytes.get(action.stream)
         if sizes is None:
             return 0.0
@@ -184,7 +190,10 @@ def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -
     channels: dict[tuple[int, int], Channel] = {}
     channel_of: list[int] = []
     wire_ms: list[float] = []
+    gatherings: dict[tuple[int, tuple[int, ...]], Gathering] = {}
+    sizes = dict(enumerate(costs.gradient_bytes or [0.0] * len(costs.forward_ms)))
     for program in programs:
+        buckets = find_buckets(program, sizes)
         for action in program.actions:
             if action.kind is PipelineKind.SEND:
                 number = messages[program.rank, action] = len(messages)
@@ -193,6 +202,11 @@ def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -
                 channels.setdefault(ends, Channel(*ends, [], 0, link.latency_ms)).messages.append(number)
                 channel_of.append(list(channels).index(ends))
                 wire_ms.append(costs.message_bytes(program, action) / link.bytes_per_ms)
+            elif action.kind is PipelineKind.REDUCE and action.index in buckets:
+                size = sum(sizes[block] for block in buckets[action.index])
+                reduce_ms = costs.link(*action.ranks).reduce_ms(size, len(action.ranks))
+                steady = (0.0,) * len(action.ranks)
+                gatherings[action.index, action.ranks] = Gathering(action.index, action.ranks, reduce_ms, steady)
 
     def operation(program: PipelineProgram, action: PipelineAction) -> Operation:
         if action.kind in (PipelineKind.SEND, PipelineKind.RECV):
@@ -206,12 +220,28 @@ def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -
             return Operation(kind, overhead + occupation * (link.latency_ms + wire_ms[number]), number)
         if action.kind is PipelineKind.LOAD and not action.is_next:
             return Operation(OperationKind.LOAD, costs.load_ms)
+        if action.kind is PipelineKind.REDUCE:
+            key = (action.index, action.ranks)
+            if key not in gatherings:
+                # Its gradients are kept for those of a later block.
+                return Operation(OperationKind.COMPUTE, 0.0)
+            occupied_ms = costs.link(*action.ranks).reduce_occupation * gatherings[key].duration_ms
+            return Operation(OperationKind.REDUCE, occupied_ms, list(gatherings).index(key))
+        if action.kind is PipelineKind.UPDATE:
+            # The first one has to wait for all sums; after it, none is due.
+            return Operation(OperationKind.FIRST_UPDATE, _compute_ms(program, action, costs))
         return Operation(OperationKind.COMPUTE, _compute_ms(program, action, costs))
 
     operations = tuple(tuple(operation(program, action) for action in program.actions) for program in programs)
     background = (costs.background_load_ms,) * len(programs)
     return Timetable(
-        operations, costs.step_ms, background, tuple(channels.values()), tuple(channel_of), tuple(wire_ms), ()
+        operations,
+        costs.step_ms,
+        background,
+        tuple(channels.values()),
+        tuple(channel_of),
+        tuple(wire_ms),
+        tuple(gatherings.values()),
     )
 
 

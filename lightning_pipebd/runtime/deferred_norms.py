@@ -5,13 +5,14 @@ without waiting for the whole batch. But its running statistics would also move 
 here they move once per batch, by the mean and the variance over all rows.
 
 Source: Kim et al., "torchgpipe: On-the-fly Pipeline Parallelism for Training Giant Models" (2020), "Deferred Batch
-Normalization"; here the variance is that of the batch, and views are kept apart.
+Normalization"; here the variance is that of the batch, and views are kept apart. With replicas each has rows of the
+batch, and all take into account the rows of all.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ class DeferredNorms:
 
     Args:
         blocks: Per block its modules.
+        share: **Collective** over the ranks that have these blocks: sums tensors of float64 in place; ``None`` where
+            there are no others.
 
     Example:
         >>> norm = nn.BatchNorm1d(1, momentum=0.5)
@@ -49,7 +52,10 @@ class DeferredNorms:
         (tensor([1.]), tensor(1))
     """
 
-    def __init__(self, blocks: Mapping[int, Sequence[nn.Module]]) -> None:
+    def __init__(
+        self, blocks: Mapping[int, Sequence[nn.Module]], share: Callable[[Sequence[Tensor]], None] | None = None
+    ) -> None:
+        self._share = share
         self._norms = {
             block: [
                 inner
@@ -85,6 +91,8 @@ class DeferredNorms:
         ]
         try:
             yield
+            if self._share is not None:
+                self._take_all(norms, self._share)
             for norm in norms:
                 self._commit(norm)
         finally:
@@ -124,6 +132,25 @@ class DeferredNorms:
             count, first, second = known.num_values + count, known.first + first, known.second + second
         self._found[id(norm)][number] = _Moments(count, first, second)
 
+    def _take_all(self, norms: Sequence[_BatchNorm], share: Callable[[Sequence[Tensor]], None]) -> None:
+        """Take the sums over the rows of all replicas; one without rows learns from the others what there is."""
+        device = next((norm.running_mean.device for norm in norms if norm.running_mean is not None), None)
+        counts = [float(len(self._found.get(id(norm), ()))) for norm in norms]
+        known = torch.tensor([*counts, float(bool(self._found))], dtype=torch.float64, device=device)
+        share([known])
+        *totals, num_present = known.tolist()
+        sums: dict[tuple[int, int], Tensor] = {}
+        for norm, total in zip(norms, totals, strict=True):
+            assert norm.running_mean is not None
+            for number in range(round(total / max(num_present, 1.0))):
+                own = self._found[id(norm)].get(number)
+                nothing = torch.zeros(1 + 2 * norm.running_mean.numel(), dtype=torch.float64, device=device)
+                sums[id(norm), number] = nothing if own is None else _flat(own)
+        share(list(sums.values()))
+        for (norm_id, number), flat in sums.items():
+            first, second = flat[1:].chunk(2)
+            self._found[norm_id][number] = _Moments(float(flat[0]), first, second)
+
     def _commit(self, norm: _BatchNorm) -> None:
         """Move the running statistics as the layer would have done for the whole batch."""
         assert norm.running_mean is not None
@@ -138,3 +165,7 @@ class DeferredNorms:
                 momentum = 1.0 / float(norm.num_batches_tracked or 1)
             norm.running_mean.lerp_(mean.to(norm.running_mean), momentum)
             norm.running_var.lerp_(variance.to(norm.running_var), momentum)
+
+
+def _flat(moments: _Moments) -> Tensor:
+    return torch.cat([moments.first.new_tensor([moments.num_values]), moments.first, moments.second])

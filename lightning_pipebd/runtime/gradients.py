@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipebd.planning.buckets import find_buckets
+from lightning_pipebd.planning.pipeline_program import PipelineProgram
 from lightning_pipebd.planning.program import Program
 from lightning_pipebd.runtime.transport import Pending, Transport
 
@@ -30,11 +31,11 @@ class GradientReducer:
         self._gradient_bytes = {
             block: sum(each.nbytes for each in own if each.requires_grad) for block, own in parameters.items()
         }
-        self._program: Program | None = None
+        self._program: Program | PipelineProgram | None = None
         self._buckets: dict[int, tuple[int, ...]] = {}
         self._under_way: list[_Sum] = []
 
-    def begin(self, program: Program) -> None:
+    def begin(self, program: Program | PipelineProgram) -> None:
         """Make ready for the REDUCEs of a program."""
         if program is not self._program:
             self._program, self._buckets = program, find_buckets(program, self._gradient_bytes)
@@ -96,6 +97,7 @@ def clip_norm_over_ranks(
     *,
     max_norm: float,
     device: torch.device,
+    is_first: bool = True,
 ) -> Tensor:
     """**Collective** over all ranks: clip gradients by their norm over all ranks, and give that norm.
 
@@ -109,8 +111,10 @@ def clip_norm_over_ranks(
         dtypes: Type of every parameter of all ranks.
         max_norm: Norm that gradients are clipped to.
         device: Where this rank computes.
+        is_first: Whether this rank tells its norms; of ranks that have the same parameters, one does.
     """
     local = [(number, p.grad) for number, p in zip(numbers, parameters, strict=True) if p.grad is not None]
+    local = local if is_first else []
     table = torch.zeros(2, len(dtypes), dtype=torch.float64, device=device)
     for (number, _), norm in zip(local, torch._foreach_norm([grad for _, grad in local]) if local else (), strict=True):
         table[0, number], table[1, number] = norm, 1.0

@@ -6,7 +6,7 @@ The life of one micro-batch in one stage of the student::
     RECV gradient --> BACKWARD --> SEND gradient     graphs end; gradients of the weights add up
 
 Blocks are graphs of their own: what enters one is a leaf, whose gradient is what the block before it gets. On the last
-rank LOSS makes the first of these gradients, from the outputs of both models.
+rank LOSS makes the first of these gradients, from the outputs of both models. Replicas sum the gradients of weights.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
 from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.relay import Relay, RelayError
 from lightning_pipebd.runtime.row_trees import (
     RowTree,
@@ -83,6 +84,7 @@ class PipelineExecutor:
         relay: Brings messages from and to other ranks.
         num_teacher_blocks: Blocks of the whole teacher.
         num_student_blocks: Blocks of the whole student.
+        reducer: Sums gradients over replicas; ``None`` where there is one replica.
         observer: Called with the :class:`PipelineSpan` of every action; ``None`` measures nothing.
     """
 
@@ -93,13 +95,16 @@ class PipelineExecutor:
         *,
         num_teacher_blocks: int,
         num_student_blocks: int,
+        reducer: GradientReducer | None = None,
         observer: Callable[[PipelineSpan], None] | None = None,
     ) -> None:
         self._jobs = jobs
         self._relay = relay
         self._outputs = (Stream.BOUNDARY, num_teacher_blocks), (Stream.HIDDEN, num_student_blocks)
+        self._reducer = reducer
         self.observer = observer
         self._ahead: list[RowTree] = []
+        self._sent_ahead: dict[Stream, RowTree] = {}
         self.current: tuple[PipelineProgram, int] | None = None  # what a failure report points at
         self.num_done = 0
         self._due: tuple[PipelineProgram, int, _State] | None = None
@@ -109,7 +114,7 @@ class PipelineExecutor:
         program: PipelineProgram,
         step: int,
         loaded: dict[Stream, RowTree],
-        next_boundary: RowTree | None = None,
+        ahead: dict[Stream, RowTree] | None = None,
     ) -> dict[str, Tensor]:
         """Run a program up to its UPDATE; :meth:`finish` runs what follows the optimizer step.
 
@@ -117,21 +122,24 @@ class PipelineExecutor:
             program: This rank's program for the batch.
             step: Number of the step; the same on all ranks.
             loaded: On the rank that loads: both models' inputs, and what the loss needs of the batch.
-            next_boundary: On the rank that loads: the teacher's input of the next batch.
+            ahead: On the rank that loads: the same of the next batch, if the teacher is to work on it.
 
         Returns:
             The terms of the loss, on the rank that computes it.
         """
         self._relay.begin_step(step)
-        state = _State(step, program, loaded, next_boundary)
+        state = _State(step, program, {**self._sent_ahead, **loaded}, ahead or {})
         # What the teacher made of this batch a step ahead; of another batch it would have to be forgotten.
         state.pieces[(*self._outputs[0], False)] = self._ahead
-        self._ahead = []
+        self.forget()
         place = 0
         while place < len(program.actions) and not _follows_update(program.actions[place]):
             self._act(program, place, state)
             place += 1
+        if self._reducer is not None and place < len(program.actions):
+            self._finish_sums(self._reducer, program, place, step)
         self._ahead = state.pieces.pop((*self._outputs[0], True), [])
+        self._sent_ahead = state.received_ahead
         self._due = (program, place, state)
         assert not state.graphs, "a forward has no backward"
         return state.terms
@@ -149,8 +157,16 @@ class PipelineExecutor:
                 self._jobs.stay(action.index)
 
     def forget(self) -> None:
-        """Forget what the teacher made of a batch that will not come: an epoch has ended early."""
-        self._ahead = []
+        """Forget what there is of a batch that will not come: an epoch has ended early."""
+        self._ahead, self._sent_ahead = [], {}
+
+    def _finish_sums(self, reducer: GradientReducer, program: PipelineProgram, place: int, step: int) -> None:
+        self.current = (program, place)  # the updates come next
+        try:
+            reducer.finish()
+        except TransportError as error:
+            raise RelayError(f"rank {program.rank}, step {step}, before {program.actions[place]}: {error}") from error
+        self.current = None
 
     def _act(self, program: PipelineProgram, place: int, state: _State) -> None:
         action = program.actions[place]
@@ -185,6 +201,10 @@ class PipelineExecutor:
             graph.backward_to([p for p in self._jobs.parameters(action.index) if p.requires_grad])
         elif kind in (PipelineKind.BACKWARD, PipelineKind.BACKWARD_INPUT):
             self._backward(action, state)
+        elif kind is PipelineKind.REDUCE:
+            assert self._reducer is not None
+            self._reducer.begin(state.program)
+            self._reducer.start(action.index, action.ranks)
         elif kind is PipelineKind.EMA:
             self._jobs.follow(action.index)
         return None
@@ -195,6 +215,8 @@ class PipelineExecutor:
             piece = RowTree(action.rows, [tensor.detach().clone() for tensor in self._jobs.weights(action.index)])
         elif action.stream is Stream.GRADIENT:
             piece = RowTree(action.rows, state.gradients.pop((action.index, action.rows)))
+        elif action.stream is Stream.INPUTS:
+            piece = RowTree(action.rows, state.cut_inputs(action))
         else:
             found = state.take(action)
             wants_gradient = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(found.tree)]
@@ -210,6 +232,8 @@ class PipelineExecutor:
                     own.copy_(new)
         elif action.stream is Stream.GRADIENT:
             state.gradients[action.index, action.rows] = tree
+        elif action.stream is Stream.INPUTS:
+            state.load(action, tree)
         else:
             content, wants_gradient = tree
             for leaf, wanted in zip(tree_leaves(content), wants_gradient, strict=True):
@@ -241,7 +265,7 @@ class PipelineExecutor:
         teacher_output = _join(state.take_all(Stream.BOUNDARY, num_teacher_blocks, action.rows), action.rows)
         targets = state.take_all(Stream.TARGETS, 0, action.rows)
         labels = _join(targets, action.rows) if targets else None
-        terms = self._jobs.loss(student_output, teacher_output, labels, action.rows, state.num_rows)
+        terms = self._jobs.loss(student_output, teacher_output, labels, action.rows, state.program.num_rows)
         for name, value in terms.items():
             state.terms[name] = state.terms[name] + value if name in state.terms else value
         for rows, leaves in beginnings:
@@ -292,18 +316,36 @@ class _State:
     """What one rank holds of one step."""
 
     def __init__(
-        self, step: int, program: PipelineProgram, loaded: dict[Stream, RowTree], next_boundary: RowTree | None
+        self, step: int, program: PipelineProgram, loaded: dict[Stream, RowTree], ahead: dict[Stream, RowTree]
     ) -> None:
         self.step = step
-        self.num_rows = program.num_rows
+        self.program = program
         self.has_update = any(map(_follows_update, program.actions))
         self.loaded = {(stream, False): piece for stream, piece in loaded.items()}
-        if next_boundary is not None:
-            self.loaded[Stream.BOUNDARY, True] = next_boundary
+        self.loaded |= {(stream, True): piece for stream, piece in ahead.items()}
+        self.received_ahead: dict[Stream, RowTree] = {}
         self.pieces: defaultdict[tuple[Stream, int, bool], list[RowTree]] = defaultdict(list)
         self.graphs: dict[tuple[int, Rows], _Graph] = {}
         self.gradients: dict[tuple[int, Rows], list[Any]] = {}
         self.terms: dict[str, Tensor] = {}
+
+    def cut_inputs(self, action: PipelineAction) -> tuple[list[Any], list[tuple[int, int]]]:
+        """Give a replica's rows of what was loaded: trees, and which of them each stream is."""
+        pieces = {stream: piece for (stream, is_next), piece in self.loaded.items() if is_next == action.is_next}
+        # The teacher mostly sees what the student sees, which need not travel twice.
+        different = {id(piece.tree): piece for piece in pieces.values()}
+        places = {tree: place for place, tree in enumerate(different)}
+        cut = (take_rows(piece, action.rows) for piece in different.values())
+        trees = [(piece.tree, piece.row_leaves) for piece in cut]
+        return trees, [(int(stream), places[id(piece.tree)]) for stream, piece in pieces.items()]
+
+    def load(self, action: PipelineAction, inputs: tuple[list[Any], list[tuple[int, int]]]) -> None:
+        """Take in what :meth:`cut_inputs` gave on the rank that loads."""
+        for stream, place in inputs[1]:
+            self.loaded[Stream(stream), action.is_next] = piece = RowTree(action.rows, *inputs[0][place])
+            # The teacher is done with its input in this step; the student is yet to see the batch.
+            if action.is_next and stream != Stream.BOUNDARY:
+                self.received_ahead[Stream(stream)] = piece
 
     def put(self, stream: Stream, index: int, piece: RowTree, is_next: bool = False) -> None:
         self.pieces[stream, index, is_next].append(piece)

@@ -16,6 +16,7 @@ from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pi
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import PipelineKind, Stream
 from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from lightning_pipebd.runtime.momentum import MomentumBlock, MomentumTeacher
 from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor, PipelineSpan
@@ -99,11 +100,27 @@ def train_in_threads(
     """Train on threads as ranks; rows, updates and who teaches when are filled into ``step``."""
     world = LocalWorld(plan.num_ranks)
     results = run_threads(plan.num_ranks, _train_rank, world, task, plan, step, looks_ahead, observer, timeout=timeout)
+    replicas = [_put_together(results[first:], plan) for first in range(0, plan.num_ranks, plan.ranks_per_replica)]
+    for replica in replicas[1:]:
+        assert_equal(replica.student, replicas[0].student)
+        assert_equal(replica.teacher, replicas[0].teacher)
+    losses = zip(*(results[rank].losses for rank in plan.sharing_ranks(plan.loss_rank)), strict=True)
+    return replace(replicas[0], losses=[sum(parts) for parts in losses])
+
+
+def _put_together(results: Sequence[Trained], plan: PipelinePlan) -> Trained:
+    """Give the blocks of a replica, whose ranks' results come first."""
     return Trained(
         student=[results[rank].student[block] for block, rank in enumerate(plan.student)],
         teacher=[results[rank].teacher[block] for block, rank in enumerate(plan.teacher)],
-        losses=results[plan.loss_rank].losses,
+        losses=[],
     )
+
+
+def assert_equal(found: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
+    """Assert that replicas have the same bits."""
+    for own, other in zip(found, expected, strict=True):
+        assert all(torch.equal(one, two) for one, two in zip(own, other, strict=True))
 
 
 def _train_rank(
@@ -130,7 +147,14 @@ class _Rank:
     def __init__(self, rank: int, world: LocalWorld, task: Task, plan: PipelinePlan, template: PipelineStep) -> None:
         self.rank, self.task, self.plan, self.template = rank, task, plan, template
         self.jobs = _Jobs(task)
-        every = replace(template, num_rows=1, num_next_rows=1, has_targets=True, has_momentum=task.momentum is not None)
+        num_rows = plan.replicas
+        every = replace(
+            template,
+            num_rows=num_rows,
+            num_next_rows=num_rows,
+            has_targets=True,
+            has_momentum=task.momentum is not None,
+        )
         edges = {
             (program.rank, action.peer)
             for program in compile_pipeline(plan, every)
@@ -147,18 +171,23 @@ class _Rank:
             self.relay,
             num_teacher_blocks=len(task.teacher),
             num_student_blocks=len(task.student),
+            reducer=GradientReducer(world.transports[rank], self._own_parameters()),
         )
+
+    def _own_parameters(self) -> dict[int, list[nn.Parameter]]:
+        place = self.plan.place(self.rank)[1]
+        return {block: self.jobs.parameters(block) for block, owner in enumerate(self.plan.student) if owner == place}
 
     def train(self, *, looks_ahead: bool) -> Trained:
         task = self.task
-        own = [block for block, owner in enumerate(self.plan.student) if owner == self.rank]
-        optimizer = task.make_optimizer([p for block in own for p in self.jobs.parameters(block)]) if own else None
+        own = [parameter for block in self._own_parameters().values() for parameter in block]
+        optimizer = task.make_optimizer(own) if own else None
         losses = []
         try:
             for number, (batch, following) in enumerate(pairwise([*task.batches, None])):
                 update = (number + 1) % task.accumulate == 0
                 terms = self._run(number, batch, following if looks_ahead else None, update, number and looks_ahead)
-                losses += [terms["loss"].item()] if terms else []
+                losses.append(terms["loss"].item() if terms else 0.0)
                 if update and optimizer is not None:
                     optimizer.step()
                     optimizer.zero_grad()
@@ -173,8 +202,7 @@ class _Rank:
         )
 
     def _run(self, number: int, batch: Any, following: Any, update: bool, is_taught: Any) -> dict[str, Tensor]:
-        inputs, labels = batch
-        num_rows = len(labels)
+        num_rows = len(batch[1])
         step = replace(
             self.template,
             num_rows=num_rows,
@@ -186,13 +214,14 @@ class _Rank:
         )
         self.jobs.num_rows = num_rows
         loads = self.rank == self.plan.loading_rank
-        loaded = {stream: _rows(tree, num_rows) for stream, tree in zip(_LOADED, (inputs, inputs, labels), strict=True)}
-        ahead = _rows(following[0], len(following[1])) if loads and following is not None else None
         program = compile_pipeline(self.plan, step)[self.rank]
-        return self.executor.run(program, number, loaded if loads else {}, ahead)
+        loaded, ahead = ({} if not loads or each is None else _loaded(*each) for each in (batch, following))
+        return self.executor.run(program, number, loaded, ahead)
 
 
-_LOADED = (Stream.HIDDEN, Stream.BOUNDARY, Stream.TARGETS)
+def _loaded(inputs: Any, labels: Tensor) -> dict[Stream, RowTree]:
+    trees = {Stream.HIDDEN: inputs, Stream.BOUNDARY: inputs, Stream.TARGETS: labels}
+    return {stream: _rows(tree, len(labels)) for stream, tree in trees.items()}
 
 
 class _Jobs:

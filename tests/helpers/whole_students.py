@@ -25,10 +25,12 @@ from tests.helpers.training import load
 
 __all__ = [
     "WHOLE_STUDENTS",
+    "Bootstrap",
     "Byol",
     "Contrast",
     "Convolutional",
     "Distil",
+    "Failing",
     "FollowedBlocks",
     "Poisoned",
     "WholeData",
@@ -74,12 +76,10 @@ class Distil(_Whole):
         return {"loss": soft + F.cross_entropy(student_output, targets), "soft": soft}
 
 
-class Byol(_Whole):
-    """A momentum teacher with a schedule, two views of which the teacher sees them swapped, and a centre."""
+class Bootstrap(_Whole):
+    """A momentum teacher with a schedule, and two views of which the teacher sees them swapped."""
 
-    centre: Tensor
-
-    def __init__(self, delay: int = 1, rate: float = 0.001) -> None:
+    def __init__(self, delay: int = 1) -> None:
         super().__init__(
             None,
             perceptron(8, 3),
@@ -89,9 +89,6 @@ class Byol(_Whole):
             teacher_delay=delay,
             views=True,
         )
-        self.register_buffer("centre", torch.zeros(NUM_CLASSES))
-        self.rate_of_centre = rate
-        self._seen: list[Tensor] = []
 
     def unpack_batch(self, batch: Any) -> tuple[Any, Any]:
         inputs, _ = batch
@@ -101,9 +98,24 @@ class Byol(_Whole):
         return inputs[::-1]
 
     def loss(self, student_output: Any, teacher_output: Any, targets: Any) -> Tensor:
-        self._seen += [output.sum(0) for output in teacher_output]
         pairs = zip(student_output, teacher_output, strict=True)
-        return torch.stack([F.mse_loss(student, teacher - self.centre) for student, teacher in pairs]).mean()
+        return torch.stack([F.mse_loss(student, teacher) for student, teacher in pairs]).mean()
+
+
+class Byol(Bootstrap):
+    """A centre of the teacher's outputs, which is subtracted from them."""
+
+    centre: Tensor
+
+    def __init__(self, delay: int = 1, rate: float = 0.001) -> None:
+        super().__init__(delay)
+        self.register_buffer("centre", torch.zeros(NUM_CLASSES))
+        self.rate_of_centre = rate
+        self._seen: list[Tensor] = []
+
+    def loss(self, student_output: Any, teacher_output: Any, targets: Any) -> Tensor:
+        self._seen += [output.sum(0) for output in teacher_output]
+        return super().loss(student_output, [output - self.centre for output in teacher_output], targets)
 
     def on_teacher_update(self) -> None:
         self.centre.mul_(0.9).add_(torch.stack(self._seen).sum(0), alpha=self.rate_of_centre)
@@ -152,6 +164,15 @@ class Poisoned(Convolutional):
         return super().loss(student_output, teacher_output, targets) * factor
 
 
+class Failing(Distil):
+    """The loss of rank 1 raises in the third batch."""
+
+    def loss(self, student_output: Any, teacher_output: Any, targets: Any) -> dict[str, Tensor]:
+        if self.global_rank == 1 and self.trainer.global_step == 2:
+            raise ZeroDivisionError("the loss of rank 1 failed")
+        return super().loss(student_output, teacher_output, targets)
+
+
 class NoisyDistil(Distil):
     """Draws random numbers for every batch, beside those that the loader draws."""
 
@@ -191,12 +212,14 @@ class WholeData(LightningDataModule):
 
 WHOLE_STUDENTS: dict[str, Callable[[], Any]] = {
     "distil": Distil,
+    "bootstrap": Bootstrap,
     "byol": Byol,
     "byol-no-delay": lambda: Byol(0),
     "byol-no-centre": lambda: Byol(1, 0.0),
     "contrast": Contrast,
     "convolutional": Convolutional,
     "poisoned": Poisoned,
+    "failing": Failing,
     "noisy": NoisyDistil,
     "followed-blocks": FollowedBlocks,
 }

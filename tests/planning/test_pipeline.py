@@ -264,4 +264,4 @@ def test_a_step_has_rows() -> None:
 
 
 def test_streams_are_spelled_in_small_letters() -> None:
-    assert [stream.word for stream in Stream] == ["boundary", "hidden", "gradient", "targets", "weights"]
+    assert [stream.word for stream in Stream] == ["boundary", "hidden", "gradient", "targets", "weights", "inputs"]

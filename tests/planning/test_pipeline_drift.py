@@ -24,6 +24,7 @@ def measurement() -> PipelineMeasurement:
             StudentBlockCosts(name=f"s{block}", forward_ms=one, backward_ms=Curve([(4, 1.0), (8, 2.0)]))
             for block in range(4)
         ),
+        one_replica_reason="the test says so",
         num_rows=8,
         loss_ms=Curve([(8, 0.5)]),
     )

@@ -227,3 +227,90 @@ def test_costs_that_cannot_be_are_refused() -> None:
         measured([1], [1, 1], has_momentum=True)
     with pytest.raises(CostError, match="`coupled_blocks` must be below 1"):
         measured([1], [1], coupled_blocks=(1,))
+
+
+@given(TIMES, TIMES, st.sampled_from([0.0, 0.5]), st.sampled_from([None, 2500]))
+@settings(max_examples=6, deadline=None)
+def test_with_replicas_the_best_is_what_trying_everything_finds(
+    teacher: list[float], student: list[float], latency_ms: float, limit: int | None
+) -> None:
+    costs = measured(teacher[:2], student[:2], same_node=LinkCost(latency_ms=latency_ms, bytes_per_ms=100))
+    judge = PipelineJudge(costs, Cluster.uniform(4, memory_limit_bytes=limit))
+    numbers = {1: (1, 3), 2: (1, 2), 4: (1,)}
+    everything = [
+        judge.judge(PipelineCandidate(PipelinePlan(num_ranks=4, teacher=sides[0], student=sides[1], replicas=r), *rest))
+        for r, own in numbers.items()
+        for sides in product(all_sides(len(costs.teacher), 4 // r), all_sides(len(costs.student), 4 // r))
+        for rest in product(own, Schedule)
+    ]
+    fitting = [own.step_time_ms for own in everything if judge.fits(own.memory)]
+    found = find_pipeline(judge, numbers=(1, 3), replica_numbers=numbers, tolerance=0.0, effort=None)
+    assert found.best.step_time_ms == pytest.approx(min(fitting))
+    assert found.bound_ms <= min(fitting) + 1e-9
+
+
+def test_replicas_are_chosen_where_sums_are_cheap_and_pipelines_where_they_are_not() -> None:
+    costs = measured([1, 1], [3, 3])
+    cheap = PipelineOutlook.find(costs, Cluster.uniform(4))
+    # One batch on four ranks: a quarter of the work, and the updates.
+    assert str(cheap.plan) == "4 x 0-1"
+    assert cheap.step_time_ms == pytest.approx((2 + 18 + 0.2) / 4 + 0.2)
+    assert cheap.exactness is Exactness.SUMMATION
+    assert "replicas: rank 0 loads for all, gradients are summed before updates" in str(cheap)
+    slow = PipelineOutlook.find(
+        replace(costs, same_node=LinkCost(latency_ms=5.0, bytes_per_ms=1e9)), Cluster.uniform(2)
+    )
+    assert slow.plan.replicas == 1
+    assert "times): 2 replicas, 2 x 0-1 with one micro-batch" in str(slow)
+
+
+def test_within_nodes_are_pipelines_and_between_them_sums() -> None:
+    # What passes between blocks is much, gradients are little, and the link between nodes is slow.
+    costs = measured(
+        [1, 1], [3, 3], student_input_bytes_per_row=0, other_node=LinkCost(latency_ms=0.1, bytes_per_ms=200)
+    )
+    blocks = [replace(block, output_bytes_per_row=400, parameter_bytes=100_000) for block in costs.student]
+    cluster = Cluster.uniform(4, memory_limit_bytes=150_000, ranks_per_node=2)
+    found = PipelineOutlook.find(replace(costs, student=blocks), cluster)
+    assert (found.plan.replicas, found.plan.ranks_per_replica) == (2, 2)
+
+
+def test_where_all_rows_must_be_on_one_rank_there_is_one_replica() -> None:
+    costs, cluster = measured([1, 1], [3, 3]), Cluster.uniform(2)
+    assert PipelineOutlook.find(costs, cluster).plan.replicas == 2
+    for changed, options in (
+        (replace(costs, one_replica_reason="the loss wants it so"), {}),
+        (replace(costs, coupled_blocks=(0,)), {}),
+        (costs, {"exactness": "bitwise"}),
+    ):
+        assert PipelineOutlook.find(changed, cluster, **options).plan.replicas == 1
+    text = str(PipelineOutlook.find(replace(costs, one_replica_reason="the loss wants it so"), cluster))
+    assert "There is one replica, because the loss wants it so." in text
+
+
+def test_a_step_of_replicas_takes_their_sums_and_waits_for_inputs_unless_they_come_ahead() -> None:
+    plan = PipelinePlan.parse("2 x 0")
+    link = LinkCost(latency_ms=0.5, bytes_per_ms=100)
+    costs = measured([2], [4], same_node=link, student_input_bytes_per_row=25)
+
+    def step_ms(costs: PipelineMeasurement, schedule: Schedule, ranks_per_node: int = 2) -> float:
+        judge = PipelineJudge(costs, Cluster.uniform(2, ranks_per_node=ranks_per_node))
+        return judge.judge(PipelineCandidate(plan, 1, schedule)).step_time_ms
+
+    # Half a batch's work, and the sum of 100 bytes by a ring; then four rows of 25 bytes arrive.
+    alone = (2 + 12 + 0.2) / 2 + 0.1
+    assert step_ms(costs, Schedule.TEACHER_FIRST) == pytest.approx(alone + link.reduce_ms(100, 2) + 0.5 + 1)
+    # While the teacher works on the next batch, the sum is under way.
+    ahead = step_ms(costs, Schedule.ONE_FORWARD_ONE_BACKWARD)
+    assert ahead == pytest.approx(alone - 1 + link.reduce_ms(100, 2))
+    far = replace(costs, same_node=LinkCost(), other_node=link)
+    assert step_ms(far, Schedule.ONE_FORWARD_ONE_BACKWARD) == pytest.approx(alone)
+    assert step_ms(far, Schedule.ONE_FORWARD_ONE_BACKWARD, 1) == pytest.approx(ahead)
+
+
+def test_what_every_rank_of_a_replica_holds_is_counted() -> None:
+    judge = PipelineJudge(measured([1], [1], student_input_bytes_per_row=10), Cluster.uniform(2))
+    first, second = judge.memory(PipelineCandidate(PipelinePlan.parse("2 x 0"), 1, Schedule.TEACHER_FIRST))
+    # Weights as on one rank, and a copy of the gradients; half the activations; the inputs of all rows where they load.
+    assert first.weight_bytes == second.weight_bytes == 500 + 100
+    assert first.working_bytes - second.working_bytes == 4 * 10

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from lightning_pipebd.runtime.deferred_norms import DeferredNorms
+from lightning_pipebd.runtime.local_transport import LocalWorld
+from tests.helpers.ranks import run_threads
 
 
 def run_in_parts(norm: nn.Module, views: list[torch.Tensor], sizes: list[int]) -> None:
@@ -77,3 +79,31 @@ def test_a_batch_that_fails_moves_nothing() -> None:
     assert norm.num_batches_tracked == 0
     assert norm.momentum == 0.1
     assert norm.running_mean.tolist() == [0, 0]
+
+
+def test_replicas_move_alike_by_the_rows_of_all_also_one_without_rows() -> None:
+    torch.manual_seed(1)
+    views = [torch.randn(7, 3, 2, 2) * 3 + 1, torch.randn(7, 3, 2, 2)]
+    whole = nn.BatchNorm2d(3)
+    for view in views:
+        whole(view)
+    world = LocalWorld(3)
+
+    def run(rank: int) -> dict[str, torch.Tensor]:
+        own = [view[[slice(0, 4), slice(4, 7), slice(7, 7)][rank]] for view in views]
+        parts = nn.BatchNorm2d(3)
+        # A layer in eval() has no statistics to share.
+        idle = nn.BatchNorm2d(2).eval()
+        norms = DeferredNorms(
+            {0: [parts, idle]}, lambda tensors: world.transports[rank].all_reduce(tensors, (0, 1, 2)).wait()
+        )
+        with norms.batch():
+            if len(own[0]):
+                norms.begin(0)
+                for view in own:
+                    parts(view)
+        return dict(parts.named_buffers())
+
+    first, second, third = run_threads(3, run)
+    torch.testing.assert_close(first, dict(whole.named_buffers()), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close([second, third], [first, first], rtol=0, atol=0)
