@@ -139,7 +139,8 @@ def step_time_ms(
     loaded = {Stream.HIDDEN: batch, Stream.BOUNDARY: batch} if rank == 0 else {}
     stamps = []
     for step in range(NUM_STEPS):
-        executor.run(other if step else first, step, loaded, batch if rank == 0 else None)
+        ahead = {Stream.BOUNDARY: batch} if rank == 0 else None
+        executor.run(other if step else first, step, loaded, ahead)
         executor.finish()
         stamps.append(time.perf_counter())
     relay.close()
