@@ -78,10 +78,15 @@ def _lose_machine(directory: Path) -> bool:
     """Kill one of two agents with its rank; the other goes on with one rank."""
     endpoint = f"127.0.0.1:{find_free_port()}"
     options = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
-    options += [f"--rdzv-endpoint={endpoint}", "--rdzv-id=job", "--rdzv-conf=last_call_timeout=5"]
-    # The first agent hosts what the agents agree by, and must be the one that stays.
-    stays = _torchrun("first", directory, options, kills=[])
-    goes = _torchrun("second", directory, options, kills=[])
+    options += [f"--rdzv-endpoint={endpoint}", "--rdzv-id=job"]
+
+    def start(name: str, *, is_host: bool) -> subprocess.Popen[bytes]:
+        # On one machine both agents take the endpoint for theirs, and the quicker one would host.
+        settings = f"--rdzv-conf=last_call_timeout=5,is_host={is_host}"
+        return _torchrun(name, directory, [*options, settings], kills=[])
+
+    # The agent that hosts what they agree by must be the one that stays.
+    stays, goes = start("first", is_host=True), start("second", is_host=False)
     try:
         _wait_for(directory / "last.ckpt", stays)
     finally:

@@ -121,10 +121,10 @@ def try_fault(name: str, num_ranks: int) -> Trial | None:
         has_culprit = not (fault.is_survived or fault.is_on_hosts)
         others = [process for rank, process in enumerate(processes) if rank != faulty or not has_culprit]
         deadline = time.time() + PATIENCE_S
-        while any(process.is_alive() for process in others) and time.time() < deadline:
-            wait([process.sentinel for process in others if process.is_alive()], deadline - time.time())
-        now = time.time()
-        has_ended = not any(process.is_alive() for process in others)
+        # Asked once per round: of processes that end between two questions none would be left to wait for.
+        while (alive := [process for process in others if process.is_alive()]) and time.time() < deadline:
+            wait([process.sentinel for process in alive], deadline - time.time())
+        now, has_ended = time.time(), not alive
         for process in processes:
             process.kill()
             process.join()
