@@ -159,9 +159,11 @@ def test_replicas_of_batch_norm_warn_and_say_so_and_one_rank_alone_cuts_nothing(
 
 def test_what_belongs_to_the_loss_is_summed_with_the_last_block() -> None:
     plan, world = PipelinePlan.parse("2 x 0-3"), LocalWorld(2)
+    # Not by the ranks' threads: a model that is cut while another thread draws looks like one that draws.
+    modules = [Contrast(), Contrast()]
 
     def sum_up(rank: int) -> tuple[float, Any]:
-        module = Contrast()
+        module = modules[rank]
         module.temperature.grad = torch.tensor(rank + 1.0)
         reducer = Replica(plan, world.transports[rank]).reducer(module)
         reducer.begin(PipelineProgram.parse(f"PIPELINE rank={rank} rows=2 next=0\nREDUCE block=3 ranks=0,1"))
