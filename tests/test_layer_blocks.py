@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_pipebd import PipeBDStrategy
-from tests.helpers.decoders import DistilledDecoder
+from tests.helpers.keyword_decoder import DistilledDecoder
 from tests.helpers.scenarios import Both, MakeTrainer, on_both
 from tests.helpers.training import assert_same_checkpoint, load
 

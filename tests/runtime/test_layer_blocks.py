@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_pipebd import PartitionError, layer_blocks
 from lightning_pipebd.runtime.partition import call_block, cut_model
-from tests.helpers.decoders import Decoder, DistilledDecoder
+from tests.helpers.keyword_decoder import Decoder, DistilledDecoder
 
 TOKENS = torch.randint(11, (4, 5), generator=torch.Generator().manual_seed(1))
 MASK = torch.tensor([[1.0] * 5, [0, 1, 1, 1, 1], [0, 0, 1, 1, 1], [1.0] * 5])
