@@ -87,7 +87,8 @@ class LayerCall:
             raise PartitionError(
                 f"{self.subject} must be called as it was for the example of `layer_blocks`, but an argument is "
                 "another number, or a tensor where there was none, or the other way round. Give an example like the "
-                "batches (with an attention mask if they have one)."
+                "batches. Where a model leaves the mask out of batches without padding (Hugging Face), hand none over, "
+                'or use `attn_implementation="eager"`.'
             )
         pairs = zip(leaves, self.leaves, self.is_tensor, strict=True)
         return {name: leaf for leaf, name, is_tensor in pairs if is_tensor}

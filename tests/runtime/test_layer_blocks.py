@@ -151,7 +151,7 @@ def test_objects_that_layers_get_are_refused_with_the_way_out() -> None:
 def test_batches_of_another_form_than_the_example_are_refused() -> None:
     blocks = layer_blocks(Decoder(), "body.layers", TOKENS)
     with pytest.raises(
-        PartitionError, match=r"`body.layers.1` must be called as it was for the example.*attention mask"
+        PartitionError, match=r"`body.layers.1` must be called as it was for the example.*attn_implementation"
     ):
         call_block(blocks[0], INPUTS)
 
