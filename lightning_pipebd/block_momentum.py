@@ -107,11 +107,10 @@ class BlockMomentum:
             PlanError: Names the block and the ranks.
         """
         for block in range(plan.num_blocks):
-            strangers = set(plan.teacher_ranks(block)) - set(plan.student_ranks(block))
-            if strangers:
+            if strangers := plan.strangers(block):
                 raise PlanError(
                     f"`plan` must have teacher block {block} where its student block is trained, because it follows "
-                    f"it, but rank {min(strangers)} has the teacher's alone. Use a straight plan, such as '0-1|2-3', "
+                    f"it, but rank {strangers[0]} has the teacher's alone. Use a straight plan, such as '0-1|2-3', "
                     "or 'joint'."
                 )
 

@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_pipebd.planning.pipeline_drift import WORK, PipelineTimes, find_better_pipeline
+from lightning_pipebd.planning.pipeline_drift import PipelineTimes, find_better_pipeline
 from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
-from lightning_pipebd.planning.pipeline_program import PipelineKind
+from lightning_pipebd.planning.pipeline_program import WORK, PipelineKind
 from lightning_pipebd.runtime.agreement import done_by_rank_zero
 from lightning_pipebd.runtime.pipeline_executor import PipelineSpan
 from lightning_pipebd.runtime.transport import Transport

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,25 +20,13 @@ from lightning_pipebd.planning.pipeline_schedule import Schedule
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from lightning_pipebd.runtime.pipeline_executor import PipelineSpan
+from tests.helpers.hearing import heard
 from tests.helpers.scenarios import MakeTrainer, under_plan
 from tests.helpers.toy import ToyData
 from tests.helpers.whole_students import Distil
 from tests.planning.test_pipeline_drift import measurement
 
 NOTHING: Any = None
-
-
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    """Hear what rank 0 says."""
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(handler)
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-    yield found
-    logger.removeHandler(handler)
 
 
 @pytest.fixture

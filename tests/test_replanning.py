@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from lightning_pipebd import PipeBDStrategy
 from lightning_pipebd.converged_blocks import ConvergedBlocks
 from lightning_pipebd.replanning import can_move
+from tests.helpers.hearing import heard
 from tests.helpers.toy import ToyData, ToyStream, make_loader, make_module
 
 
@@ -102,23 +102,6 @@ def test_frozen_blocks_are_kept_in_checkpoints() -> None:
     assert other.frozen_blocks == {2}
 
 
-class Heard:
-    """Collects what is logged."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def __enter__(self) -> list[str]:
-        self.handler = logging.Handler()
-        self.handler.emit = lambda record: self.lines.append(record.getMessage())  # type: ignore[method-assign]
-        self.logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        self.logger.addHandler(self.handler)
-        return self.lines
-
-    def __exit__(self, *error: object) -> None:
-        self.logger.removeHandler(self.handler)
-
-
 class Epochs:
     """A trainer as far as the callback looks at it: one more epoch's means at every step."""
 
@@ -135,8 +118,7 @@ def test_a_loss_that_falls_no_more_is_told_once() -> None:
     means = [{0: 1.0, 1: 1 / epoch} for epoch in range(1, 8)]
     callback = ConvergedBlocks()
     trainer: Any = Epochs(module, (values for values in means for _ in range(module.num_blocks)))
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-    with Heard() as lines:
+    with heard() as lines:
         for _ in range(5):
             callback.on_train_epoch_start(trainer, module)
     assert len(lines) == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_pipebd.planning.program import Action, Kind
 from lightning_pipebd.runtime.executor import Span
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from lightning_pipebd.step_report import StepReport
+from tests.helpers.hearing import heard
 from tests.planning.cost_tables import constant_costs
 
 NOTHING: Any = None
@@ -31,14 +31,8 @@ class Blocks:
 
 @pytest.fixture
 def lines() -> Iterator[list[str]]:
-    found: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(handler)
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-    yield found
-    logger.removeHandler(handler)
+    with heard() as found:
+        yield found
 
 
 def make_report(module: Any, **options: Any) -> StepReport:

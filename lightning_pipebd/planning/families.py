@@ -172,9 +172,7 @@ class Families:
         same = next((entry.candidate.family for entry in self.found if entry.candidate.plan == plan), None)
         if same is not None:
             self.skipped.append((family, f"its best plan is the {same} one"))
-        elif self.has_momentum and any(
-            set(plan.teacher_ranks(block)) - set(plan.student_ranks(block)) for block in range(plan.num_blocks)
-        ):
+        elif self.has_momentum and any(plan.strangers(block) for block in range(plan.num_blocks)):
             self.skipped.append((family, _STRANGER))
         elif not self.judge.can_simulate(plan):
             if model_ms < inf:

@@ -12,20 +12,10 @@ from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.pipeline_program import PipelineKind
 from lightning_pipebd.planning.plan import PlanError
 
-__all__ = ["WORK", "PipelineTimes", "adjust_pipeline_costs", "find_better_pipeline"]
+__all__ = ["PipelineTimes", "adjust_pipeline_costs", "find_better_pipeline"]
 
 #: Per kind of action, block and rows: the time that it took, in ms.
 PipelineTimes = Mapping[tuple[PipelineKind, int, int], float]
-
-WORK = (
-    PipelineKind.TEACH,
-    PipelineKind.FORWARD,
-    PipelineKind.LOSS,
-    PipelineKind.BACKWARD,
-    PipelineKind.BACKWARD_INPUT,
-    PipelineKind.BACKWARD_WEIGHT,
-)
-"""Actions whose times plans are judged by."""
 
 _WORTH = 0.05
 _MOST_NOISE = 0.1

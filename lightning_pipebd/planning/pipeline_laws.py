@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from lightning_pipebd.planning.laws import LawError
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
-from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
+from lightning_pipebd.planning.pipeline_program import WORK, PipelineAction, PipelineKind, PipelineProgram, Stream
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.planning.routing import merge_rows
 
@@ -74,7 +74,7 @@ def _check_work(plan: PipelinePlan, programs: Sequence[PipelineProgram], step: P
     for program in programs:
         replica, has_begun_next = plan.place(program.rank)[0], False
         for position, action in enumerate(program.actions):
-            if action.kind not in _WORK:
+            if action.kind not in WORK:
                 continue
             if action.kind is PipelineKind.TEACH and not action.is_next and has_begun_next:
                 found = "the rank has taught of the next batch before, for which a momentum teacher moves on"
@@ -215,7 +215,7 @@ def _check_end(plan: PipelinePlan, program: PipelineProgram, step: PipelineStep)
                 found = "the block was updated before, is trained elsewhere, or is not to be updated"
                 raise LawError("updated once, after backward", rank, position, action, found)
             updated.add(action.index)
-        elif action.kind in _WORK and (updated or followed):
+        elif action.kind in WORK and (updated or followed):
             raise LawError("updated once, after backward", rank, position, action, "a block was updated before")
         elif action.stream is Stream.WEIGHTS and action.kind is PipelineKind.RECV:
             received.add(action.index)
@@ -263,13 +263,3 @@ def _awaited(program: PipelineProgram) -> set[tuple[int, int]]:
     """Give what must have begun before a rank's first update: every sum it takes part in, on every rank."""
     sums = (action for action in program.actions if action.kind is PipelineKind.REDUCE)
     return {(rank, action.index) for action in sums for rank in action.ranks}
-
-
-_WORK = {
-    PipelineKind.TEACH,
-    PipelineKind.FORWARD,
-    PipelineKind.LOSS,
-    PipelineKind.BACKWARD,
-    PipelineKind.BACKWARD_INPUT,
-    PipelineKind.BACKWARD_WEIGHT,
-}

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from lightning_pipebd.planning.plan import Rows
 
-__all__ = ["PipelineAction", "PipelineKind", "PipelineProgram", "Stream"]
+__all__ = ["WORK", "PipelineAction", "PipelineKind", "PipelineProgram", "Stream"]
 
 _NOTHING = Rows(0, 0)
 
@@ -45,6 +45,17 @@ class PipelineKind(str, Enum):
 
     def __str__(self) -> str:
         return self.value
+
+
+WORK = (
+    PipelineKind.TEACH,
+    PipelineKind.FORWARD,
+    PipelineKind.LOSS,
+    PipelineKind.BACKWARD,
+    PipelineKind.BACKWARD_INPUT,
+    PipelineKind.BACKWARD_WEIGHT,
+)
+"""Actions that compute with blocks: plans are judged by their times."""
 
 
 class Stream(IntEnum):

@@ -209,6 +209,10 @@ class Plan:
         """List the ranks that run this teacher block, in ascending order."""
         return tuple(sorted(rank for rank, _ in self.teacher[block]))
 
+    def strangers(self, block: int) -> list[int]:
+        """List the ranks that run this teacher block and do not train its student block, in ascending order."""
+        return sorted(set(self.teacher_ranks(block)) - set(self.student_ranks(block)))
+
     def owner(self, block: int) -> int:
         """Give the rank whose copy of this student block is handed over: the one with its first rows."""
         return self.student[block][0].rank

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_pipebd.runtime.blocks import call_block
-from lightning_pipebd.runtime.side_effects import preserved_random_states
+from lightning_pipebd.runtime.side_effects import preserved_modes, preserved_random_states
 from lightning_pipebd.runtime.tracing import PartitionError
 
 __all__ = ["HIDDEN", "LastLayerReached", "LayerCall", "containers", "until_last_layer", "watch_layers"]
@@ -153,7 +153,8 @@ def watch_layers(
             if id(module) not in outside:
                 hook = module.register_forward_pre_hook(lambda own, _: None if seen else before.append(own))
                 hooks.callback(hook.remove)
-        with preserved_random_states(), torch.no_grad(), _in_evaluation_mode(model), until_last_layer():
+        with preserved_random_states(), torch.no_grad(), preserved_modes(model.modules()), until_last_layer():
+            model.eval()
             call_block(model, example)
     if [index for index, _ in seen] != list(range(len(layers))):
         raise PartitionError(
@@ -251,14 +252,3 @@ def until_last_layer() -> Iterator[None]:
         yield
     except LastLayerReached:
         return
-
-
-@contextmanager
-def _in_evaluation_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_pipebd.runtime.side_effects import preserved_modes
 from lightning_pipebd.runtime.tracing import (
     AUTOCAST_DEVICES,
     BoundaryEnd,
@@ -87,14 +88,10 @@ def _settings(*, autocast: bool) -> Iterator[None]:
 @contextmanager
 def _modes(model: nn.Module, training: bool) -> Iterator[None]:
     # Not `model.train()`: users override it, for example to keep BatchNorm frozen.
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
+    with preserved_modes(model.modules()):
+        for module in model.modules():
             module.training = training
         yield
-    finally:
-        for module, was_training in before:
-            module.training = was_training
 
 
 @contextmanager

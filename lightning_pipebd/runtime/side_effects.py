@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_pipebd.runtime.random_streams import borrowed_random_states, random_states
 
-__all__ = ["at_work", "on_device", "preserved_random_states", "untouched"]
+__all__ = ["at_work", "on_device", "preserved_modes", "preserved_random_states", "untouched"]
 
 _Snapshot = list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]]
 
@@ -33,6 +33,18 @@ def preserved_random_states() -> Iterator[None]:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's own function
     with torch.random.fork_rng(devices=devices), borrowed_random_states(random_states()):
         yield
+
+
+@contextmanager
+def preserved_modes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put each of these modules back into the mode, training or evaluation, that it was in."""
+    before = [(module, module.training) for module in modules]
+    try:
+        yield
+    finally:
+        # Not by `train()`: users override it, for example to keep BatchNorm frozen.
+        for module, was_training in before:
+            module.training = was_training
 
 
 @contextmanager

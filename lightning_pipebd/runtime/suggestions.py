@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_pipebd.runtime.partition import PartitionError, cut_model
+from lightning_pipebd.runtime.side_effects import preserved_modes
 
 __all__ = ["SuggestedPair", "suggest_block_map"]
 
@@ -133,16 +134,13 @@ def _run(model: nn.Module, example: Tensor) -> list[tuple[str, Tensor]]:
         module.register_forward_hook(lambda _module, _given, output, path=path: calls.append((path, output)))
         for path, module in model.named_modules()
     ]
-    was_training = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with preserved_modes(model.modules()), torch.no_grad():
+            model.eval()
             model(example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in was_training:
-            module.training = mode
     if not isinstance(calls[-1][1], Tensor):
         kind = type(calls[-1][1]).__name__
         raise PartitionError(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import logging
 import random
 import re
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_pipebd import BlockwiseDistillationModule, PipeBDStrategy, Plan, Timeline, format_plan, parse_plan
 from lightning_pipebd.planning.measurement import Measurement
+from tests.helpers.hearing import heard
 from tests.helpers.ranks import RankError
 from tests.helpers.scenarios import Both, MakeTrainer, on_both, under_plan
 from tests.helpers.toy import ToyData, ToyStream
@@ -122,19 +120,6 @@ def test_the_student_of_a_found_plan_is_that_of_one_process(name: str, fits: dic
     student = ranks[0]["student"] if name == "a generator of the user's" else one["student"]
     for key, value in student.items():
         assert all(torch.equal(value, rank["student"][key]) for rank in ranks)
-
-
-@contextmanager
-def heard() -> Iterator[list[str]]:
-    """What the trainer's user would read."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addHandler(handler)
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO)
-    yield lines
-    logger.removeHandler(handler)
 
 
 def explained(make_trainer: MakeTrainer, folder: str) -> dict[str, Any]:
