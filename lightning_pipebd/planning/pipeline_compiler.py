@@ -16,10 +16,11 @@ from functools import lru_cache
 from itertools import pairwise
 from math import ceil
 
+from lightning_pipebd.planning.pipeline_order import schedule_tasks
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
 from lightning_pipebd.planning.pipeline_replicas import write_replicas
-from lightning_pipebd.planning.pipeline_schedule import Durations, Phase, Schedule, StepKind, Task, schedule_tasks
+from lightning_pipebd.planning.pipeline_schedule import Durations, Phase, Schedule, StepKind, Task
 from lightning_pipebd.planning.plan import PlanError, Rows
 
 __all__ = ["PipelineStep", "compile_pipeline", "micro_batches", "write_programs"]
