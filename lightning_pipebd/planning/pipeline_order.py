@@ -104,7 +104,8 @@ def _manners(clock: PipelineClock) -> tuple[Manner, ...]:
         return (Manner(0, 0.0), Manner(0, 0.5))
     num_stages = len(clock.plan.student_stages)
     # With one stage there is nobody to wait for.
-    return (*_MANNERS, Manner(num_stages, 0.0)) if num_stages > 1 else _MANNERS[:1]
+    fitting = [manner for manner in (*_MANNERS, Manner(num_stages, 0.0)) if manner.num_spare <= num_stages]
+    return tuple(dict.fromkeys(fitting)) if num_stages > 1 else _MANNERS[:1]
 
 
 def _most_under_way(orders: Orders) -> int:

@@ -1,9 +1,11 @@
 """The words of schedules: the rules, and the tasks that a rank puts in order by one.
 
-1f1b           backward before forward, hardly more micro-batches under way than there are stages to come; the
-               teacher works on the next batch whenever nothing else is ready
-gpipe          all forwards, then all backwards; the teacher as above
-teacher-first  the teacher's pass of the batch, then the student in 1f1b order
+The rules::
+
+    1f1b           backward before forward, few micro-batches under way beyond the stages to come; the teacher works
+                   on the next batch whenever nothing else is ready
+    gpipe          all forwards, then all backwards; the teacher as above
+    teacher-first  the teacher's pass of the batch, then the student in 1f1b order
 """
 
 from __future__ import annotations
