@@ -93,7 +93,7 @@ class CheckedCheckpoints(ProcessGroupStrategy):
         assert self._session is not None
         assert self._transport is not None
         if self._session.num_steps != self._handed_over_at:
-            hand_over(self._transport, self._session.owned_tensors())
+            hand_over(self._transport, self._session.placement.owned_tensors())
             self._handed_over_at = self._session.num_steps
 
     @override

@@ -127,7 +127,7 @@ class SessionChoice(NamedTuple):
                 max_in_flight=max_in_flight,
                 time_limits=time_limits,
             )
-            pipeline.place_blocks()
+            pipeline.placement.place()
             return cls(pipeline, way, way.options.announce(way.plan, module, way.outlook))
         assert isinstance(module, BlockwiseDistillationModule)
         found = find_plan_of_fit(strategy, request.finder, trainer, module, transport)
@@ -152,7 +152,7 @@ class SessionChoice(NamedTuple):
         )
         if strategy.layer_sync:
             session.synchronise_batch_norm(transport)
-        session.place_blocks()
+        session.placement.place()
         warn_of_statistics(found.plan, module, is_synchronised=strategy.layer_sync)
         return cls(session, found, explain_found(found, module, is_synchronised=strategy.layer_sync))
 

@@ -364,13 +364,13 @@ class PipeBDStrategy(Replanning):
         self._share_logs(True)
         if self._session is not None:
             self._assemble_student()
-            self._session.gather_on_device()
+            self._session.placement.gather()
 
     def _end_evaluation(self) -> None:
         self._share_logs(False)
         self._complete_values.restore()
         if self._session is not None:
-            self._session.place_blocks()
+            self._session.placement.place()
 
     # The end.
 
