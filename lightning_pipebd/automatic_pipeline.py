@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from lightning_pipebd.automatic_plan import PlanFinder, gather_machines, make_bench, optimizers_to_measure
 from lightning_pipebd.cost_tables import MeasurementCache
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
 from lightning_pipebd.machines import Machine, find_cluster
 from lightning_pipebd.pipeline_measuring import coupled_blocks, measure_pipeline, one_replica_reason
 from lightning_pipebd.pipeline_options import PipelineOptions, even_plan

@@ -14,7 +14,8 @@ from lightning_pipebd.checkpoint_io import CheckedCheckpointIO, choose_intact
 from lightning_pipebd.data import POSITION
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, begin_next_epoch, silence_resume_warning
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.trainer import begin_next_epoch, silence_resume_warning
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
@@ -28,8 +29,8 @@ class CheckedCheckpoints(ProcessGroupStrategy):
     """The part of the strategy that puts checkpoints together and takes them apart.
 
     Args:
-        kwargs: See :class:`~lightning_pipebd.lightning_internals.ProcessGroupStrategy`; without a ``checkpoint_io``,
-            checkpoints are written and read by :class:`~lightning_pipebd.checkpoint_io.CheckedCheckpointIO`.
+        kwargs: See :class:`~lightning_pipebd.lightning_internals.processes.ProcessGroupStrategy`; without a
+            ``checkpoint_io``, :class:`~lightning_pipebd.checkpoint_io.CheckedCheckpointIO` writes and reads.
 
     Attributes:
         position: Where in the data the loaded checkpoint was written.

@@ -16,7 +16,8 @@ from typing_extensions import override
 from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
 from lightning_pipebd.data import BatchHeader, EvaluationLoader
 from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.lightning_internals import COMPLETE, seed_workers
+from lightning_pipebd.lightning_internals.module import COMPLETE
+from lightning_pipebd.lightning_internals.trainer import seed_workers
 from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.session_choice import require_module
 

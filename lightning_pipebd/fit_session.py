@@ -15,7 +15,7 @@ from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.fit_callbacks import add_callback, remove_callback
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
 from lightning_pipebd.placement import Placement
 from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.freed_memory import give_memory_back, keep_freed_memory

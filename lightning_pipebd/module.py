@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from lightning_pipebd.block_momentum import BlockMomentum, first_teacher
 from lightning_pipebd.block_pairs_module import BlockPairsModule
-from lightning_pipebd.lightning_internals import log_again
+from lightning_pipebd.lightning_internals.module import log_again
 from lightning_pipebd.losses import BLOCK_LOSSES, resolve_loss
 from lightning_pipebd.runtime.block_calls import BlockCalls
 from lightning_pipebd.runtime.block_pairs import pair_blocks

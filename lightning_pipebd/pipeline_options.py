@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_pipebd.lightning_internals import validates_by_time
+from lightning_pipebd.lightning_internals.trainer import validates_by_time
 from lightning_pipebd.pipeline_measuring import coupled_blocks
 from lightning_pipebd.pipeline_replicas import check_replicas
 from lightning_pipebd.planning.explain import Exactness

@@ -18,7 +18,8 @@ from lightning_pipebd.data import num_trained, save_position
 from lightning_pipebd.fit_callbacks import add_callback, remove_callback
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import start_watcher
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, seed_workers
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.trainer import seed_workers
 from lightning_pipebd.loaded_streams import LoadedStreams
 from lightning_pipebd.pipeline_data import AheadHeaderLoader, AheadLoader, Announced
 from lightning_pipebd.pipeline_jobs import PipelineBlockJobs

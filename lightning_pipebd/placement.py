@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.lightning_internals import set_device
+from lightning_pipebd.lightning_internals.module import set_device
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan

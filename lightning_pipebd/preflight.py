@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 
 from lightning_pipebd.fit_callbacks import user_callbacks
-from lightning_pipebd.lightning_internals import validates_by_time
+from lightning_pipebd.lightning_internals.trainer import validates_by_time
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.other_lightning import check_origin
 from lightning_pipebd.planning.explain import Exactness, exactness_of

@@ -22,7 +22,8 @@ from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.fit_callbacks import add_callback, remove_callback
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import watch_plan
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, seed_workers
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.trainer import seed_workers
 from lightning_pipebd.loaded_boundaries import load_boundaries
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.placement import BlockPlacement

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_pipebd.automatic_pipeline import FoundPipeline, check_pipeline_request, find_pipeline_of_fit
 from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, explain_found, find_plan_of_fit
 from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers, pipeline_edges
 from lightning_pipebd.pipeline_replicas import sharing_groups

@@ -22,7 +22,7 @@ from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder
 from lightning_pipebd.checkpoint import synchronise_models
 from lightning_pipebd.data import BatchHeader, check_loader
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
-from lightning_pipebd.lightning_internals import silence_sigterm_broadcast
+from lightning_pipebd.lightning_internals.trainer import silence_sigterm_broadcast
 from lightning_pipebd.other_lightning import refuse_other_trainer
 from lightning_pipebd.pipeline_data import AheadBatch
 from lightning_pipebd.pipeline_options import PipelineOptions
