@@ -86,7 +86,7 @@ class BlockPairsModule(DistillationModule):
 
     def block_buffers(self, block: int) -> list[Tensor]:
         """Give the buffers of a student block and its adapters, for example running statistics."""
-        own = [self.student.get_buffer(name) for name in self.block_pairs.student.buffer_names[block]]
+        own = self.block_pairs.student.buffers(self.student, block)
         for side in ("input", "output"):
             if f"{side}_{block}" in self.adapters:
                 own += self.adapters[f"{side}_{block}"].buffers()

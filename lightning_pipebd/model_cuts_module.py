@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.runtime.model_cuts import ModelCuts, match_blocks
-from lightning_pipebd.runtime.momentum import Buffers, MomentumBlock, MomentumTeacher, block_tensors
+from lightning_pipebd.runtime.momentum import Buffers, MomentumBlock, MomentumTeacher
 
 __all__ = ["ModelCutsModule"]
 
@@ -79,7 +79,7 @@ class ModelCutsModule(DistillationModule):
 
     def student_parameters(self, block: int) -> list[nn.Parameter]:
         """Give the parameters that a student block trains."""
-        own = [self.student.get_parameter(name) for name in self.cuts.student.parameter_names[block]]
+        own = self.cuts.student.parameters(self.student, block)
         is_last = block == self.num_student_blocks - 1 and self.predictor is not None
         return [*own, *self.predictor.parameters()] if is_last and self.predictor is not None else own
 
@@ -88,33 +88,31 @@ class ModelCutsModule(DistillationModule):
         return [*self.student_parameters(block), *self._student_buffers(block)]
 
     def _student_buffers(self, block: int) -> list[Tensor]:
-        buffers = [self.student.get_buffer(name) for name in self.cuts.student.buffer_names[block]]
+        buffers = self.cuts.student.buffers(self.student, block)
         if block == self.num_student_blocks - 1 and self.predictor is not None:
             buffers += self.predictor.buffers()
         return buffers
 
     def teacher_tensors(self, block: int) -> list[Tensor]:
         """Give the parameters and buffers of a teacher block, of what teaches and of what runs ahead."""
-        names = [*self.cuts.teacher.parameter_names[block], *self.cuts.teacher.buffer_names[block]]
+        cuts = self.cuts.teacher
         models = [self.teacher] if self.average is None else [self.teacher, self.average]
-        return [tensor for model in models for tensor in block_tensors(model, names)]
+        return [own for model in models for own in (*cuts.parameters(model, block), *cuts.buffers(model, block))]
 
     def make_momentum(self) -> MomentumTeacher:
         """Bring the tensors of each block together; anew when they have moved to another device."""
-        blocks = []
-        for block in range(self.num_teacher_blocks):
-            parameters, buffers = self.cuts.teacher.parameter_names[block], self.cuts.teacher.buffer_names[block]
-            ahead = self.average
-            blocks.append(
-                MomentumBlock(
-                    block_tensors(self.student, self.cuts.student.parameter_names[block]),
-                    block_tensors(self.teacher, parameters),
-                    None if ahead is None else block_tensors(ahead, parameters),
-                    block_tensors(self.student, self.cuts.student.buffer_names[block]),
-                    block_tensors(self.teacher, buffers),
-                    None if ahead is None else block_tensors(ahead, buffers),
-                )
+        teacher, student, ahead = self.cuts.teacher, self.cuts.student, self.average
+        blocks = [
+            MomentumBlock(
+                student.parameters(self.student, block),
+                teacher.parameters(self.teacher, block),
+                None if ahead is None else teacher.parameters(ahead, block),
+                student.buffers(self.student, block),
+                teacher.buffers(self.teacher, block),
+                None if ahead is None else teacher.buffers(ahead, block),
             )
+            for block in range(self.num_teacher_blocks)
+        ]
         return MomentumTeacher(blocks, self._buffer_policy)
 
     @override
