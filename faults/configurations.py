@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 
 import lightning_pipebd
 from lightning_pipebd import PipeBDStrategy, Plan
-from lightning_pipebd.lightning_internals import _PreflightLauncher
+from lightning_pipebd.lightning_internals.processes import _PreflightLauncher
 from lightning_pipebd.runtime.relay import RelayError
 from lightning_pipebd.runtime.transport import TransportError
 from tests.helpers.ranks import RankError, run_processes

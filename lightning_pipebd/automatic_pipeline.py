@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from lightning.pytorch import Trainer
 
 from lightning_pipebd.automatic_plan import PlanFinder, gather_machines, make_bench, optimizers_to_measure
 from lightning_pipebd.cost_tables import MeasurementCache
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
 from lightning_pipebd.machines import Machine, find_cluster
 from lightning_pipebd.pipeline_measuring import coupled_blocks, measure_pipeline, one_replica_reason
 from lightning_pipebd.pipeline_options import PipelineOptions, even_plan
+from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.curve import CostError
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 from lightning_pipebd.planning.pipeline_explain import check_pipeline_exactness
@@ -106,32 +108,47 @@ def find_pipeline_of_fit(
         # Nothing to train on: Lightning will say so.
         return FoundPipeline(given or even_plan(module, num_ranks), settled, settled.durations(module), None)
     cluster = find_cluster(machines, finder.memory_limit)
-
-    def look() -> PipelineOutlook:
-        if given is None:
-            return PipelineOutlook.find(
-                measurement,
-                cluster,
-                exactness=finder.exactness,
-                num_micro_batches=options.num_micro_batches,
-                schedule=options.schedule,
-                splits_backward=options.split_backward,
-                max_in_flight=finder.max_in_flight,
-            )
-        outlook = PipelineOutlook(
-            candidate=PipelineCandidate(given, settled.num_micro_batches or 1, Schedule(settled.schedule)),
-            measurement=measurement,
-            cluster=cluster,
-            splits_backward=options.split_backward,
-            max_in_flight=finder.max_in_flight,
-        )
-        outlook.check_memory()
-        return outlook
-
+    if given is None:
+        look = partial(_find_best, finder, options, measurement, cluster)
+    else:
+        candidate = PipelineCandidate(given, settled.num_micro_batches or 1, Schedule(settled.schedule))
+        look = partial(_foresee, finder, options, measurement, cluster, candidate)
     outlook = done_by_rank_zero(transport, look)
     chosen = outlook.candidate
     settled = replace(options, num_micro_batches=chosen.num_micro_batches, schedule=str(chosen.schedule))
     return FoundPipeline(chosen.plan, settled, outlook.durations, outlook)
+
+
+def _find_best(
+    finder: PlanFinder, options: PipelineOptions, measurement: PipelineMeasurement, cluster: Cluster
+) -> PipelineOutlook:
+    return PipelineOutlook.find(
+        measurement,
+        cluster,
+        exactness=finder.exactness,
+        num_micro_batches=options.num_micro_batches,
+        schedule=options.schedule,
+        splits_backward=options.split_backward,
+        max_in_flight=finder.max_in_flight,
+    )
+
+
+def _foresee(
+    finder: PlanFinder,
+    options: PipelineOptions,
+    measurement: PipelineMeasurement,
+    cluster: Cluster,
+    candidate: PipelineCandidate,
+) -> PipelineOutlook:
+    outlook = PipelineOutlook(
+        candidate=candidate,
+        measurement=measurement,
+        cluster=cluster,
+        splits_backward=options.split_backward,
+        max_in_flight=finder.max_in_flight,
+    )
+    outlook.check_memory()
+    return outlook
 
 
 def _measurement(

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from lightning_pipebd.bench import Bench
 from lightning_pipebd.cost_tables import MeasurementCache, load_measurement
 from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, set_device, without_train_loader
+from lightning_pipebd.lightning_internals.module import set_device
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.trainer import without_train_loader
 from lightning_pipebd.machines import Machine, find_cluster
 from lightning_pipebd.measuring import block_traits, count_batch_rows, measure_module
 from lightning_pipebd.module import BlockwiseDistillationModule

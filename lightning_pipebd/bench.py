@@ -16,7 +16,7 @@ from lightning_pipebd.checkpoint import share_from_zero
 from lightning_pipebd.cost_tables import MeasurementCache
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.first_batch import FirstBatch, only_loader, peek
-from lightning_pipebd.lightning_internals import request_train_loader
+from lightning_pipebd.lightning_internals.trainer import request_train_loader
 from lightning_pipebd.machines import Machine
 from lightning_pipebd.planning.measurement import Measurement
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement

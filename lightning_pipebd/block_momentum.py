@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.runtime.block_pairs import BlockPairs
 from lightning_pipebd.runtime.model_cuts import ModelCuts, match_blocks
-from lightning_pipebd.runtime.momentum import Buffers, MomentumBlock, MomentumTeacher, block_tensors
+from lightning_pipebd.runtime.momentum import Buffers, MomentumBlock, MomentumTeacher
 
 __all__ = ["BlockMomentum", "first_teacher"]
 
@@ -128,6 +128,5 @@ class BlockMomentum:
             (self._pairs.student_model, self._pairs.student),
             (self._pairs.teacher_model, self._pairs.teacher),
         ):
-            sides.append(block_tensors(model, partition.parameter_names[block]))
-            sides.append(block_tensors(model, partition.buffer_names[block]))
+            sides += [partition.parameters(model, block), partition.buffers(model, block)]
         return MomentumBlock(sides[0], sides[2], student_buffers=sides[1], teacher_buffers=sides[3])

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_pipebd.fit_callbacks import FitCallback
-from lightning_pipebd.lightning_internals import is_logging_step, logging_step
+from lightning_pipebd.lightning_internals.trainer import is_logging_step, logging_step
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 

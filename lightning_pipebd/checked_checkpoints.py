@@ -14,7 +14,8 @@ from lightning_pipebd.checkpoint_io import CheckedCheckpointIO, choose_intact
 from lightning_pipebd.data import POSITION
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, begin_next_epoch, silence_resume_warning
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.trainer import begin_next_epoch, silence_resume_warning
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
@@ -28,8 +29,8 @@ class CheckedCheckpoints(ProcessGroupStrategy):
     """The part of the strategy that puts checkpoints together and takes them apart.
 
     Args:
-        kwargs: See :class:`~lightning_pipebd.lightning_internals.ProcessGroupStrategy`; without a ``checkpoint_io``,
-            checkpoints are written and read by :class:`~lightning_pipebd.checkpoint_io.CheckedCheckpointIO`.
+        kwargs: See :class:`~lightning_pipebd.lightning_internals.processes.ProcessGroupStrategy`; without a
+            ``checkpoint_io``, :class:`~lightning_pipebd.checkpoint_io.CheckedCheckpointIO` writes and reads.
 
     Attributes:
         position: Where in the data the loaded checkpoint was written.
@@ -93,7 +94,7 @@ class CheckedCheckpoints(ProcessGroupStrategy):
         assert self._session is not None
         assert self._transport is not None
         if self._session.num_steps != self._handed_over_at:
-            hand_over(self._transport, self._session.owned_tensors())
+            hand_over(self._transport, self._session.placement.owned_tensors())
             self._handed_over_at = self._session.num_steps
 
     @override

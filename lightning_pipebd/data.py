@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DistributedSampler
 
 from lightning_pipebd.data_position import DataPosition, RandomMoment
-from lightning_pipebd.lightning_internals import StagedBatch
+from lightning_pipebd.lightning_internals.module import StagedBatch
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.row_loader import Loaded, RowLoader
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox

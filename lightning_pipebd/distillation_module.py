@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from lightning_pipebd.lightning_internals import StagedBatchModule
+from lightning_pipebd.lightning_internals.module import StagedBatchModule
 from lightning_pipebd.other_lightning import refuse_other_trainer
 
 __all__ = ["DistillationModule"]

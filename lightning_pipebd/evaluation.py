@@ -1,23 +1,34 @@
-"""Evaluation batches with fewer rows than ranks: every rank sees them whole, so nothing is added up over ranks."""
+"""Evaluation under the strategy: the whole student on every rank, each rank its rows of every batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
 
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
+from typing_extensions import override
 
-from lightning_pipebd.data import EvaluationLoader
+from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
+from lightning_pipebd.data import BatchHeader, EvaluationLoader
 from lightning_pipebd.distillation_module import DistillationModule
+from lightning_pipebd.lightning_internals.module import COMPLETE
+from lightning_pipebd.lightning_internals.trainer import seed_workers
+from lightning_pipebd.row_loader import RowLoader
+from lightning_pipebd.session_choice import require_module
 
-__all__ = ["CompleteValues"]
+__all__ = ["CompleteValues", "Evaluation"]
 
 
 class CompleteValues:
     """Keep what the user's step makes of whole batches from being exchanged: sums would count each row once per rank.
 
-    That holds for logged values, and for torchmetrics, which exchange their states by themselves.
+    Batches with fewer rows than ranks are whole on every rank. What is kept are logged values, and torchmetrics, which
+    exchange their states by themselves.
     """
 
     def __init__(self) -> None:
@@ -49,6 +60,115 @@ class CompleteValues:
         for metric, is_distributed in self._silenced:
             metric.distributed_available_fn = is_distributed
         self._silenced.clear()
+
+
+class Evaluation(CheckedCheckpoints):
+    """The part of the strategy that validates and tests.
+
+    Args:
+        kwargs: See :class:`~lightning_pipebd.checked_checkpoints.CheckedCheckpoints`.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._shares_logs = False
+        self._is_in_evaluation_step = False
+        self._complete_values = CompleteValues()
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether logged values are to be exchanged: while ranks hold different rows, and when an epoch ends."""
+        return self._shares_logs
+
+    def evaluation_loader(self, loader: Any) -> EvaluationLoader:
+        """Give what this rank iterates over instead of the user's loader."""
+        assert self._transport is not None
+        rank, num_ranks = self._transport.rank, self._transport.num_ranks
+        seed_workers(loader, rank)
+        interval = (Fraction(rank, num_ranks), Fraction(rank + 1, num_ranks))
+        return EvaluationLoader(RowLoader(loader, interval, min_rows=num_ranks), self._transport)
+
+    @override
+    def on_validation_start(self) -> None:
+        self._begin_evaluation()
+
+    @override
+    def on_test_start(self) -> None:
+        self._begin_evaluation()
+
+    @override
+    def validation_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:
+        with self._evaluation_step(*args[1:]):
+            return None if isinstance(batch, BatchHeader) else super().validation_step(batch, *args)
+
+    @override
+    def test_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:
+        with self._evaluation_step(*args[1:]):
+            return None if isinstance(batch, BatchHeader) else super().test_step(batch, *args)
+
+    @override
+    def on_validation_end(self) -> None:
+        self._end_evaluation()
+
+    @override
+    def on_test_end(self) -> None:
+        self._end_evaluation()
+
+    @override
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        # While training, every rank has the same epoch means already. While evaluating, a rank without rows of a short
+        # batch is not in its step: values are exchanged once, when the loop has ended.
+        is_training = self._session is not None and require_module(self.lightning_module).trainer.training
+        if self._is_in_evaluation_step or is_training or group is COMPLETE:
+            return tensor
+        if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg"):
+            # Sums and numbers of rows alike: a mean rounded to float32, or to an integer, would be a wrong weight.
+            tensor = tensor.double()
+        return super().reduce(tensor, group, reduce_op)
+
+    @override
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        # Not by `reduce`, which leaves values alone while training.
+        if self._transport is None:
+            return decision
+        decisions = self._transport.all_gather_object(decision)
+        return False not in decisions if all else True in decisions
+
+    @contextmanager
+    def sharing_logs(self) -> Generator[None, None, None]:
+        """Exchange what is logged inside the context."""
+        self._share_logs(True)
+        try:
+            yield
+        finally:
+            self._share_logs(False)
+
+    def _share_logs(self, is_shared: bool) -> None:
+        self._shares_logs = is_shared
+        require_module(self.lightning_module).shares_logs = is_shared
+
+    @contextmanager
+    def _evaluation_step(self, dataloader_idx: int = 0) -> Generator[None, None, None]:
+        self._is_in_evaluation_step = True
+        if self._session is not None:
+            self._session.progress.mark("evaluating")
+        try:
+            with self._complete_values.step(require_module(self.lightning_module), dataloader_idx):
+                yield
+        finally:
+            self._is_in_evaluation_step = False
+
+    def _begin_evaluation(self) -> None:
+        self._share_logs(True)
+        if self._session is not None:
+            self._assemble_student()
+            self._session.placement.gather()
+
+    def _end_evaluation(self) -> None:
+        self._share_logs(False)
+        self._complete_values.restore()
+        if self._session is not None:
+            self._session.placement.place()
 
 
 def _is_alone() -> bool:

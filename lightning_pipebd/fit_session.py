@@ -15,7 +15,8 @@ from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.fit_callbacks import add_callback, remove_callback
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
+from lightning_pipebd.placement import Placement
 from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.freed_memory import give_memory_back, keep_freed_memory
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
@@ -35,10 +36,12 @@ class FitSession:
     Args:
         transport: Reaches the other ranks.
         strategy: Whose precision plugin and device are used.
+        placement: Where the blocks are.
         max_in_flight: Steps by which a rank may run ahead.
         time_limits: Times without progress after which the run ends: in steps (``None``: any), and elsewhere.
 
     Attributes:
+        placement: Where the blocks are.
         num_steps: Batches that were trained on.
         progress: Where this rank stands.
         resumed: Where in the data a resumed run goes on.
@@ -50,10 +53,12 @@ class FitSession:
         self,
         transport: Transport,
         strategy: ProcessGroupStrategy,
+        placement: Placement,
         *,
         max_in_flight: int,
         time_limits: tuple[timedelta | None, timedelta],
     ) -> None:
+        self.placement = placement
         self.num_steps = 0
         self.progress = Progress()
         self.resumed: DataPosition | None = None
@@ -156,6 +161,11 @@ class FitSession:
         if self._is_open and not self._is_abandoned:
             self.close()
         give_memory_back(self._strategy.root_device)
+
+    def prune(self, optimizers: list[Optimizer]) -> None:
+        """Leave this rank's parameters in the optimizers."""
+        for optimizer in optimizers:
+            self._pruned[id(optimizer)] = self.placement.prune(optimizer)
 
     def pruned_optimizer(self, optimizer: Optimizer) -> PrunedOptimizer:
         """Give what is known of an optimizer's layout; Lightning may pass its own wrapper of it."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
-from lightning_pipebd.lightning_internals import LAUNCHER, ProcessGroupStrategy, launched_processes
+from lightning_pipebd.lightning_internals.processes import LAUNCHER, ProcessGroupStrategy, launched_processes
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.program import Program

@@ -236,7 +236,31 @@ def _put_together(
     findings: Sequence[_Findings],
 ) -> Measurement:
     num_rows, module = count_rows(batch[0]), bench.module
-    boundary_bytes = findings[0].profile.boundary_bytes_per_row
+    costs = _cost_table(module.num_blocks, machines, first, links, findings)
+    if module.target_blocks:
+        costs = replace(costs, target_bytes_per_row=tree_bytes(batch[1]) // num_rows)
+    traits = block_traits(module, is_synchronised=bench.is_synchronised)
+    coupled = {block for found in findings for block in found.profile.coupled}
+    return Measurement(
+        costs=costs,
+        num_rows=num_rows,
+        traits=tuple(
+            replace(trait, boundary_bytes_per_row=num_bytes, couples_rows=block in coupled)
+            for block, (trait, num_bytes) in enumerate(zip(traits, costs.boundary_bytes_per_row[1:], strict=True))
+        ),
+        target_blocks=tuple(module.target_blocks),
+        whole_reason=next((found.profile.whole_reason for found in findings if found.profile.whole_reason), ""),
+        has_momentum=module.block_momentum is not None,
+    )
+
+
+def _cost_table(
+    num_blocks: int,
+    machines: Sequence[Machine],
+    first: FirstBatch,
+    links: Links,
+    findings: Sequence[_Findings],
+) -> CostTable:
     classes: dict[str, dict[int, list[BlockTimes]]] = {}
     sizes: dict[int, BlockSizes] = {}
     for machine, found in zip(machines, findings, strict=True):
@@ -244,14 +268,13 @@ def _put_together(
         for block, own in found.profile.blocks.items():
             times.setdefault(block, []).append(replace(own.times, update_ms=found.update_ms[block]))
             sizes[block] = replace(own.sizes, optimizer_bytes=found.optimizer_bytes[block])
-    costs = CostTable(
-        blocks=tuple(sizes[block] for block in range(module.num_blocks)),
+    return CostTable(
+        blocks=tuple(sizes[block] for block in range(num_blocks)),
         devices=tuple(
-            DeviceTimes(device_class=name, blocks=tuple(_mean(times[block]) for block in range(module.num_blocks)))
+            DeviceTimes(device_class=name, blocks=tuple(_mean(times[block]) for block in range(num_blocks)))
             for name, times in classes.items()
         ),
-        boundary_bytes_per_row=boundary_bytes,
-        target_bytes_per_row=tree_bytes(batch[1]) // num_rows if module.target_blocks else 0,
+        boundary_bytes_per_row=findings[0].profile.boundary_bytes_per_row,
         loader=first.loader,
         same_node=links.same_node,
         other_node=links.other_node,
@@ -260,19 +283,6 @@ def _put_together(
         model_error=_MODEL_ERROR,
         # A rank without blocks has measured nothing.
         jitter_ms=fmean(found.profile.jitter_ms for found in findings if found.profile.blocks),
-    )
-    traits = block_traits(module, is_synchronised=bench.is_synchronised)
-    coupled = {block for found in findings for block in found.profile.coupled}
-    return Measurement(
-        costs=costs,
-        num_rows=num_rows,
-        traits=tuple(
-            replace(trait, boundary_bytes_per_row=boundary_bytes[block + 1], couples_rows=block in coupled)
-            for block, trait in enumerate(traits)
-        ),
-        target_blocks=tuple(module.target_blocks),
-        whole_reason=next((found.profile.whole_reason for found in findings if found.profile.whole_reason), ""),
-        has_momentum=module.block_momentum is not None,
     )
 
 

@@ -13,12 +13,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipebd.block_momentum import BlockMomentum, first_teacher
-from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.lightning_internals import log_again
+from lightning_pipebd.block_pairs_module import BlockPairsModule
+from lightning_pipebd.lightning_internals.module import log_again
 from lightning_pipebd.losses import BLOCK_LOSSES, resolve_loss
-from lightning_pipebd.nonfinite import FiniteGuard
 from lightning_pipebd.runtime.block_calls import BlockCalls
-from lightning_pipebd.runtime.block_pairs import BlockPairs, pair_blocks
+from lightning_pipebd.runtime.block_pairs import pair_blocks
 from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.compiling import compile_options
 from lightning_pipebd.runtime.momentum import Buffers
@@ -28,10 +27,8 @@ from lightning_pipebd.runtime.row_trees import count_rows
 
 __all__ = ["BlockwiseDistillationModule"]
 
-_FROZEN = "frozen_blocks"
 
-
-class BlockwiseDistillationModule(DistillationModule):
+class BlockwiseDistillationModule(BlockPairsModule):
     """Train every block of a student to imitate its block of a teacher, from the teacher's own activations.
 
     .. code-block:: python
@@ -92,8 +89,6 @@ class BlockwiseDistillationModule(DistillationModule):
         TypeError: ``compile`` is neither a truth value nor a mapping.
     """
 
-    adapters: nn.ModuleDict
-
     def __init__(
         self,
         teacher: nn.Module | None,
@@ -112,28 +107,19 @@ class BlockwiseDistillationModule(DistillationModule):
         compile: bool | Mapping[str, Any] = False,
         example_input: Any = None,
     ) -> None:
-        super().__init__()
         teacher = first_teacher(teacher, student, momentum, student_blocks)
-        self.student = student
-        self.block_pairs: BlockPairs = pair_blocks(teacher, student, block_map, teacher_blocks, student_blocks)
-        pairs = self.block_pairs
-        self.block_momentum = None if momentum is None else BlockMomentum(pairs, momentum, buffers)
-        if momentum is None:
-            self.hide_teacher(teacher)
-        else:
-            self.teacher = teacher.requires_grad_(False).eval()
-        outputs = pairs.resolve_keys(adapters or {}, "adapters")
-        inputs = pairs.resolve_keys(input_adapters or {}, "input_adapters")
-        self.adapters = nn.ModuleDict(
-            {f"output_{block}": adapter for block, adapter in outputs.items()}
-            | {f"input_{block}": adapter for block, adapter in inputs.items()}
+        pairs = pair_blocks(teacher, student, block_map, teacher_blocks, student_blocks)
+        super().__init__(
+            pairs,
+            None if momentum is None else BlockMomentum(pairs, momentum, buffers),
+            adapters=pairs.resolve_keys(adapters or {}, "adapters"),
+            input_adapters=pairs.resolve_keys(input_adapters or {}, "input_adapters"),
+            on_nonfinite=on_nonfinite,
         )
         self.target_blocks = frozenset(pairs.resolve_keys(dict.fromkeys(target_blocks), "target_blocks"))
         self._losses = {
             block: resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
         }
-        self.finite_guard = FiniteGuard(on_nonfinite)
-        self._frozen: set[int] = set()
         self._still: set[int] = set()
         self._python_drawing = PythonDrawing()
         self.compile_options = compile_options(compile)
@@ -141,11 +127,6 @@ class BlockwiseDistillationModule(DistillationModule):
         self._student_calls = BlockCalls(pairs.student, "student", self.compile_options)
         if example_input is not None:
             self.check_shapes(example_input)
-
-    @property
-    def num_blocks(self) -> int:
-        """Number of blocks."""
-        return len(self.block_pairs.names)
 
     def block_key(self, block: int, what: str = "loss") -> str:
         """Give the key under which a block's metric is logged, the same for every plan.
@@ -157,64 +138,6 @@ class BlockwiseDistillationModule(DistillationModule):
         if candidate is not None:
             return f"train/block/{candidate.place}/candidate/{candidate.number}/{what}"
         return f"train/block/{block:0{max(2, len(str(self.num_blocks - 1)))}d}/{what}"
-
-    def check_shapes(self, example_input: Any) -> None:
-        """Raise where a student block's output does not have the teacher's shape; trains and changes nothing.
-
-        Args:
-            example_input: An input of the teacher, of any batch size.
-
-        Raises:
-            PartitionError: Names the boundary, both shapes and the way out.
-        """
-        self.block_pairs.check_shapes(example_input, dict(self.adapters.items()))
-
-    def block_parameters(self, block: int) -> list[nn.Parameter]:
-        """Give the parameters that a block trains: those of its student block, then those of its adapters."""
-        own = self.block_pairs.parameters_of(block)
-        for side in ("input", "output"):
-            if f"{side}_{block}" in self.adapters:
-                own += self.adapters[f"{side}_{block}"].parameters()
-        return own
-
-    def block_buffers(self, block: int) -> list[Tensor]:
-        """Give the buffers of a student block and its adapters, for example running statistics."""
-        own = [self.student.get_buffer(name) for name in self.block_pairs.student.buffer_names[block]]
-        for side in ("input", "output"):
-            if f"{side}_{block}" in self.adapters:
-                own += self.adapters[f"{side}_{block}"].buffers()
-        return own
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Give what an optimizer should train: the student's and the adapters' parameters that want a gradient."""
-        both = [*self.student.parameters(), *self.adapters.parameters()]
-        return [parameter for parameter in both if parameter.requires_grad]
-
-    def freeze_block(self, block: int) -> None:
-        """Train a block no longer: its parameters stay as they are, also after a resumption. Call it on all ranks.
-
-        Its loss is still computed and logged, and its buffers still change, as those of any module in training mode;
-        there is no backward pass and no update.
-
-        Raises:
-            ValueError: There is no such block, or no other one that is still trained.
-        """
-        if not 0 <= block < self.num_blocks:
-            msg = f"`block` must be below {self.num_blocks}, but is {block}. Blocks are counted from 0."
-            raise ValueError(msg)
-        if len(self._frozen | {block}) == self.num_blocks:
-            msg = f"`block` must leave another block to train, but {block} is the last one. Stop the trainer instead."
-            raise ValueError(msg)
-        self._frozen.add(block)
-        for parameter in self.block_parameters(block):
-            parameter.grad = None
-
-    @property
-    def frozen_blocks(self) -> frozenset[int]:
-        """Blocks of which nothing is trained: frozen, without parameters that want a gradient, or stopped here."""
-        wanting = (any(own.requires_grad for own in self.block_parameters(block)) for block in range(self.num_blocks))
-        idle = {block for block, wants in enumerate(wanting) if not wants}
-        return frozenset(self._frozen | idle | self.finite_guard.stopped.keys())
 
     # What users override.
 
@@ -339,13 +262,6 @@ class BlockwiseDistillationModule(DistillationModule):
             self.log_dict(means, on_step=False, on_epoch=True, batch_size=num_rows, sync_dist=True)
 
     @override
-    def train(self, mode: bool = True) -> BlockwiseDistillationModule:
-        super().train(mode)
-        if self.block_momentum is not None:
-            self.teacher.eval()
-        return self
-
-    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
@@ -378,23 +294,3 @@ class BlockwiseDistillationModule(DistillationModule):
                 nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             else:
                 nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the seed of the random streams and the blocks that were stopped or frozen."""
-        super().on_save_checkpoint(checkpoint)
-        if self._frozen:
-            checkpoint[_FROZEN] = sorted(self._frozen)
-        self.finite_guard.flush()
-        self.finite_guard.save(checkpoint, [self.finite_guard.stopped])
-        if self.block_momentum is not None:
-            self.block_momentum.save(checkpoint)
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up the seed of the run that wrote the checkpoint, and its stopped and frozen blocks."""
-        super().on_load_checkpoint(checkpoint)
-        self._frozen = set(checkpoint.get(_FROZEN, ()))
-        self.finite_guard.load(checkpoint)
-        if self.block_momentum is not None:
-            self.block_momentum.load(checkpoint)

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_pipebd.data import BatchHeader
 from lightning_pipebd.data_position import DataPosition, RandomMoment
-from lightning_pipebd.lightning_internals import StagedBatch, before_transfer
+from lightning_pipebd.lightning_internals.module import StagedBatch, before_transfer
 from lightning_pipebd.row_loader import Loaded, RowLoader
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.random_streams import borrowed_random_states, random_states

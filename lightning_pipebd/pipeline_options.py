@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_pipebd.lightning_internals import validates_by_time
+from lightning_pipebd.lightning_internals.trainer import validates_by_time
 from lightning_pipebd.pipeline_measuring import coupled_blocks
 from lightning_pipebd.pipeline_replicas import check_replicas
 from lightning_pipebd.planning.explain import Exactness
@@ -329,8 +329,8 @@ def _read_plan(plan: Any) -> PipelinePlan:
 def _teacher_weights(module: TeacherStudentModule) -> list[float]:
     # No block is free, also one without parameters.
     return [
-        1.0 + sum(module.teacher.get_parameter(name).numel() for name in names)
-        for names in module.cuts.teacher.parameter_names
+        1.0 + sum(parameter.numel() for parameter in module.cuts.teacher.parameters(module.teacher, block))
+        for block in range(module.num_teacher_blocks)
     ]
 
 

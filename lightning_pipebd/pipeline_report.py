@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,18 @@ from lightning_pipebd.planning.pipeline_explain import describe_exactness
 from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.quantities import format_bytes
-from lightning_pipebd.plots import DrawnSpan, draw_losses, draw_timelines
-from lightning_pipebd.report_page import Section, write_page
-from lightning_pipebd.run_report import describe_prediction
-from lightning_pipebd.trace_summary import kinds_of
+from lightning_pipebd.plots import DrawnSpan
+from lightning_pipebd.report_page import Section
+from lightning_pipebd.report_sections import (
+    UNKNOWN,
+    Link,
+    losses_section,
+    ranks_section,
+    relay_section,
+    step_time_rows,
+    timeline_section,
+    write_report,
+)
 
 __all__ = ["PipelineReport"]
 
@@ -61,11 +68,7 @@ class PipelineReport:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        pictures = {
-            "timeline.svg": partial(draw_timelines, timelines=self.timelines),
-            "losses.svg": partial(draw_losses, curves=self.losses),
-        }
-        write_page(path, self.title, self.sections(), pictures)
+        write_report(path, self.title, self.sections(), timelines=self.timelines, curves=self.losses)
 
     @property
     def title(self) -> str:
@@ -74,32 +77,27 @@ class PipelineReport:
 
     def sections(self) -> list[Section]:
         """Give the page part by part."""
-        both = "Predicted above measured, on one scale; hatched is waiting, a dash marks the next batch."
         return [
             Section("At a glance", table=[["", ""], *map(list, self._glance())]),
-            Section("Timeline", both if len(self.timelines) > 1 else "Measured.", picture="timeline.svg"),
-            Section("Ranks", "Milliseconds per step; RECV, SEND and REDUCE are no work.", self._rank_table()),
+            timeline_section(self.timelines, "hatched is waiting, a dash marks the next batch"),
+            ranks_section(self.summary, self.outlook),
             Section("Blocks", "Milliseconds per step, of all micro-batches together.", self._block_table()),
-            Section("Relay", "What the ranks sent in a step.", self._relay_table()),
-            Section("Losses", "The terms of the loss, by training step.", picture="losses.svg"),
+            relay_section("What the ranks sent in a step.", self._links()),
+            losses_section("The terms of the loss, by training step."),
             Section("Plan", verbatim=self.explanation if self.outlook is None else str(self.outlook)),
         ]
 
     def _glance(self) -> list[tuple[str, str]]:
-        measured, slowest = self.summary["step_time_ms"], self.summary["slowest_block"]
-        number = self.num_micro_batches
+        number, slowest = self.num_micro_batches, self.summary["slowest_block"]
         cut = "whole batches" if number == 1 else f"{number} micro-batches"
         last = (f"{name} {curve[-1][1]:.4g}" for name, curve in self.losses.items() if curve)
         return [
             ("plan", f"{self.plan} ({cut}, {self.schedule})"),
             ("exactness", describe_exactness(number, self.coupled_blocks, replicas=self.plan.replicas)),
-            ("rows of a batch", str(self.num_rows)),
-            ("predicted step", describe_prediction(self.outlook, measured)),
-            ("measured step", f"{measured:.4g} ms, over {self.summary['steps']} steps"),
-            ("bubble share", f"{self.summary['bubble_fraction']:.0%} of the ranks' time is not work"),
-            ("slowest block", "unknown" if slowest is None else self._name(*slowest.split())),
+            *step_time_rows(self.num_rows, self.summary, self.outlook),
+            ("slowest block", UNKNOWN if slowest is None else self._name(*slowest.split())),
             ("relay traffic", self._traffic()),
-            ("last loss", ", ".join(last) or "unknown"),
+            ("last loss", ", ".join(last) or UNKNOWN),
         ]
 
     def _traffic(self) -> str:
@@ -107,17 +105,6 @@ class PipelineReport:
         pairs = len({(entry["from"], entry["to"]) for entry in relay})
         total = format_bytes(round(sum(entry["bytes"] for entry in relay)))
         return f"{total} per step over {pairs} connection{'s' if pairs > 1 else ''}" if pairs else "none"
-
-    def _rank_table(self) -> list[list[str]]:
-        kinds = kinds_of(self.summary)
-        table = [["rank", *kinds, "at work", "predicted"]]
-        for found in self.summary["ranks"]:
-            rank, foreseen = found["rank"], "-"
-            if self.outlook is not None and self.outlook.step_time_ms:
-                foreseen = f"{self.outlook.judgement.busy_ms[rank] / self.outlook.step_time_ms:.0%}"
-            times = [f"{found[kind.lower()]:.2f}" for kind in kinds]
-            table.append([str(rank), *times, f"{found['utilisation']:.0%}", foreseen])
-        return table
 
     def _block_table(self) -> list[list[str]]:
         found = {block["block"]: block for block in self.summary["blocks"]}
@@ -138,12 +125,11 @@ class PipelineReport:
             table.append([self._name("student", block), self._ranks(rank), *cells])
         return table
 
-    def _relay_table(self) -> list[list[str]]:
-        table = [["from", "to", "what", "rows", "bytes per step"]]
-        for entry in self.summary["relay"]:
-            rows, size = f"{entry['rows']:.4g}", format_bytes(round(entry["bytes"]))
-            table.append([str(entry["from"]), str(entry["to"]), entry["what"], rows, size])
-        return table
+    def _links(self) -> list[Link]:
+        return [
+            Link(entry["from"], entry["to"], entry["what"], f"{entry['rows']:.4g}", entry["bytes"])
+            for entry in self.summary["relay"]
+        ]
 
     def _ranks(self, rank: int) -> str:
         return ", ".join(map(str, self.plan.sharing_ranks(rank)))

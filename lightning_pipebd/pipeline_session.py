@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -10,33 +10,31 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.data import num_trained, save_position
-from lightning_pipebd.data_position import RandomMoment
 from lightning_pipebd.fit_callbacks import add_callback, remove_callback
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import start_watcher
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, seed_workers, set_device
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.trainer import seed_workers
+from lightning_pipebd.loaded_streams import LoadedStreams
 from lightning_pipebd.pipeline_data import AheadHeaderLoader, AheadLoader, Announced
 from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
 from lightning_pipebd.pipeline_measuring import student_modules
 from lightning_pipebd.pipeline_options import PipelineOptions, pipeline_edges
 from lightning_pipebd.pipeline_replicas import Replica
 from lightning_pipebd.pipeline_step_report import PipelineStepReport
+from lightning_pipebd.placement import PipelinePlacement
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
 from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
-from lightning_pipebd.planning.pipeline_program import Stream
 from lightning_pipebd.planning.pipeline_schedule import Durations
-from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.deferred_norms import DeferredNorms
 from lightning_pipebd.runtime.gradients import clip_norm_over_ranks
 from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
-from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 from lightning_pipebd.runtime.transport import Transport
 from lightning_pipebd.scaling import step_scale
 from lightning_pipebd.teacher_student import TeacherStudentModule
@@ -62,6 +60,7 @@ class PipelineSession(FitSession):
         resumed: Where in the data a resumed run goes on.
     """
 
+    placement: PipelinePlacement
     _executor: PipelineExecutor
 
     def __init__(
@@ -76,10 +75,10 @@ class PipelineSession(FitSession):
         max_in_flight: int,
         time_limits: tuple[timedelta | None, timedelta],
     ) -> None:
-        super().__init__(transport, strategy, max_in_flight=max_in_flight, time_limits=time_limits)
+        placement = PipelinePlacement(module, plan, transport.rank, strategy.root_device)
+        super().__init__(transport, strategy, placement, max_in_flight=max_in_flight, time_limits=time_limits)
         self._module = module
         self._plan = plan
-        self._replica, self._place_in_replica = plan.place(transport.rank)
         self._options = options
         self._durations = durations
         self._terms: dict[str, Tensor] = {}
@@ -87,8 +86,7 @@ class PipelineSession(FitSession):
         self._staged: tuple[Announced, Any, int] | None = None
         self._taught: tuple[object, int] | None = None
         self._train_loader: AheadLoader | AheadHeaderLoader | None = None
-        self._unpacked: tuple[Any, Any] | None = None
-        self._before_next: RandomMoment | None = None
+        self._streams = LoadedStreams(module, strategy.batch_to_device)
         self._life = ExitStack()
 
     # Life.
@@ -189,58 +187,10 @@ class PipelineSession(FitSession):
         """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
         num_batches = num_trained(self._trainer.fit_loop.epoch_loop.batch_progress)
         loader = self._train_loader
-        mine = loader.position(num_batches, self._before_next) if isinstance(loader, AheadLoader) else None
+        mine = loader.position(num_batches, self._streams.before_next) if isinstance(loader, AheadLoader) else None
         save_position(checkpoint, mine, self._transport, self._plan.loading_rank)
 
-    # Blocks on devices.
-
-    def place_blocks(self) -> None:
-        """Have the blocks of this rank on its device, and the others in host memory."""
-        module, device = self._module, self._strategy.root_device
-        set_device(module, device)
-        if device.type != "cpu":
-            self._place(module.student_tensors, self._plan.student)
-            self._place(module.teacher_tensors, self._plan.teacher)
-        self._momentum = module.make_momentum() if module.momentum is not None else None
-
-    def _place(self, tensors_of: Callable[[int], list[Tensor]], ranks: Sequence[int]) -> None:
-        for block, rank in enumerate(ranks):
-            for tensor in tensors_of(block):
-                tensor.data = tensor.data.to(self._strategy.root_device if rank == self._place_in_replica else "cpu")
-
-    def gather_on_device(self) -> None:
-        """Have the whole module on this rank's device, for evaluation."""
-        self._module.to(self._strategy.root_device)
-        set_device(self._module, self._strategy.root_device)
-
-    def owned_tensors(self) -> list[tuple[list[Tensor], int]]:
-        """Give every block's tensors with the rank whose values count; what is no block's belongs to the loss."""
-        module, plan = self._module, self._plan
-        owned = [(module.student_tensors(block), rank) for block, rank in enumerate(plan.student)]
-        if module.momentum is not None:
-            owned += [(module.teacher_tensors(block), rank) for block, rank in enumerate(plan.teacher)]
-        known = {id(tensor) for tensors, _ in owned for tensor in tensors}
-        others = [tensor for tensor in [*module.parameters(), *module.buffers()] if id(tensor) not in known]
-        return [(tensors, rank) for tensors, rank in [*owned, (others, plan.loss_rank)] if tensors]
-
     # Optimizers.
-
-    def prune(self, optimizers: list[Optimizer]) -> None:
-        """Leave this rank's parameters in the optimizers; what belongs to no block stays with the loss."""
-        owners = {
-            id(parameter): rank
-            for block, rank in enumerate(self._plan.student)
-            for parameter in self._module.student_parameters(block)
-        }
-
-        def is_local(parameter: nn.Parameter) -> bool:
-            return owners.get(id(parameter), self._plan.loss_rank) == self._place_in_replica
-
-        def is_owned(parameter: nn.Parameter) -> bool:
-            return self._replica == 0 and is_local(parameter)
-
-        for optimizer in optimizers:
-            self._pruned[id(optimizer)] = PrunedOptimizer(optimizer, is_local, is_owned)
 
     def _clip(self, optimizer: Optimizer, max_norm: float) -> None:
         """**Collective** over all ranks: clip by the norm of all gradients, wherever they are."""
@@ -253,7 +203,7 @@ class PipelineSession(FitSession):
             pruned.dtypes,
             max_norm=max_norm,
             device=self._strategy.root_device,
-            is_first=self._replica == 0,
+            is_first=self._plan.place(self._rank)[0] == 0,
         )
 
     # Data.
@@ -302,13 +252,13 @@ class PipelineSession(FitSession):
         step = self._step(announced, is_taught=is_taught, update=update)
         program = compile_pipeline(self._plan, step, self._durations)[self._rank]
         self._jobs.optimizer, self._jobs.batch_idx = optimizer, batch_idx
-        self._jobs.momentum = self._momentum
+        self._jobs.momentum = self.placement.momentum
         self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
         is_loading = self._rank == self._plan.loading_rank
         deferred = nullcontext() if self._jobs.norms is None else self._jobs.norms.batch()
         with deferred, self.progress.program(self.num_steps, announced.num_rows, is_update=update):
-            loaded = self._load(batch, announced.num_rows, is_known=is_taught) if is_loading else {}
-            following = self._load_next(announced.following)
+            loaded = self._streams.present(batch, announced.num_rows, is_taught=is_taught) if is_loading else {}
+            following = self._streams.following(announced.following)
             self._terms = terms = self._executor.run(program, self.num_steps, loaded, following)
         self.num_steps += 1
         if not update:
@@ -343,35 +293,3 @@ class PipelineSession(FitSession):
         self._executor.finish()
         if self._rank == self._plan.loss_rank:
             self._module.on_teacher_update()
-
-    def _load(self, batch: Any, num_rows: int, *, is_known: bool) -> dict[Stream, RowTree]:
-        # Unpacked once, even if that draws random numbers: the teacher may have seen the batch a step ahead.
-        unpacked = self._unpacked if is_known and self._unpacked else self._module.unpack_batch(batch)
-        self._unpacked = None
-        return self._streams(unpacked, num_rows, is_known=is_known)
-
-    def _load_next(self, following: Any) -> dict[Stream, RowTree]:
-        self._before_next = None
-        if following is None:
-            return {}
-        self._before_next = RandomMoment.now(())
-        self._unpacked = self._module.unpack_batch(self._strategy.batch_to_device(following))
-        return self._streams(self._unpacked, following.num_rows, is_known=False)
-
-    def _streams(self, unpacked: tuple[Any, Any], num_rows: int, *, is_known: bool) -> dict[Stream, RowTree]:
-        inputs, targets = unpacked
-        streams = {Stream.HIDDEN: _as_rows(inputs, num_rows)}
-        if not is_known:
-            streams[Stream.BOUNDARY] = _as_rows(self._module.teacher_inputs(inputs), num_rows)
-        streams[Stream.TARGETS] = RowTree(Rows(0, num_rows), targets, leading_row_leaves(targets, num_rows))
-        return streams
-
-
-def _as_rows(tree: Any, num_rows: int) -> RowTree:
-    if count_rows(tree) != num_rows:
-        msg = (
-            f"`unpack_batch` must give the {num_rows} rows that were loaded, but gives {count_rows(tree)}. Change the "
-            "number of rows in the dataset or the collate function, not in batch transfer hooks."
-        )
-        raise ValueError(msg)
-    return RowTree(Rows(0, num_rows), tree, leading_row_leaves(tree, num_rows))

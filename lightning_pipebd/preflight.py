@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import nn
 
 from lightning_pipebd.fit_callbacks import user_callbacks
-from lightning_pipebd.lightning_internals import validates_by_time
+from lightning_pipebd.lightning_internals.trainer import validates_by_time
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.other_lightning import check_origin
 from lightning_pipebd.planning.explain import Exactness, exactness_of
@@ -131,42 +131,45 @@ def check_callbacks(trainer: Trainer) -> None:
     """
     check_origin(user_callbacks(trainer), "callbacks")
     for callback in user_callbacks(trainer):
-        _check_callback(callback)
+        if refusal := _refusal(callback):
+            raise ValueError(refusal)
+        _warn_of_waiting(callback)
 
 
-def _check_callback(callback: object) -> None:
+def _refusal(callback: object) -> str | None:
+    """Say why a callback cannot work; ``None`` if it can."""
     name = type(callback).__name__
     if isinstance(callback, (StochasticWeightAveraging, *_weight_averaging())):
-        msg = (
+        return (
             f"`{name}` must see all weights after every step, but each rank updates its own blocks only. "
             "Average the checkpoints afterwards."
         )
-        raise ValueError(msg)
     if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
-        msg = (
+        return (
             f"`{name}` must judge the training by the whole loss, but a rank has only that of its own blocks. "
             "Run it with `strategy='auto'`."
         )
-        raise ValueError(msg)
     if isinstance(callback, BaseFinetuning):
-        msg = (
+        return (
             f"`{name}` must not give the optimizer parameters while it trains: each rank has pruned it to its blocks. "
             "Name all parameters in `configure_optimizers`, and let a schedule keep the learning rate of some at 0."
         )
-        raise ValueError(msg)
     if isinstance(callback, OnExceptionCheckpoint) or getattr(callback, "save_on_exception", False):
-        msg = (
+        return (
             f"`{name}` must not save after an exception: the other ranks' blocks are out of reach then. "
             "Use `every_n_train_steps`."
         )
-        raise ValueError(msg)
     monitor = getattr(callback, "monitor", None)
     if isinstance(callback, (ModelCheckpoint, EarlyStopping)) and monitor and _STEP_KEYS.fullmatch(monitor):
-        msg = (
+        return (
             f"`monitor` of {name} must be known on every rank, but {monitor!r} is a step's loss. "
             f"Monitor {monitor + '_epoch'!r}."
         )
-        raise ValueError(msg)
+    return None
+
+
+def _warn_of_waiting(callback: object) -> None:
+    name = type(callback).__name__
     if getattr(callback, "_train_time_interval", None) is not None:
         warnings.warn(
             f"`{name}(train_time_interval=...)` makes all ranks wait for each other at every batch. "

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_pipebd.automatic_pipeline import FoundPipeline
 from lightning_pipebd.automatic_plan import FoundPlan, UnreadLoader
-from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
 from lightning_pipebd.checkpoint import share_from_zero
+from lightning_pipebd.evaluation import Evaluation
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.session import TrainingSession
 from lightning_pipebd.session_choice import SessionChoice
@@ -20,7 +20,7 @@ from lightning_pipebd.session_choice import SessionChoice
 __all__ = ["EpochwiseLoader", "Replanning", "can_move"]
 
 
-class Replanning(CheckedCheckpoints):
+class Replanning(Evaluation):
     """The part of the strategy that changes the plan between two epochs."""
 
     _max_in_flight: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from math import ceil
 from typing import Any, NamedTuple
@@ -40,7 +40,6 @@ class RowLoader:
         loader: Any iterable of batches.
         interval: Exact share of the rows: a cut ``c`` lies at row ``ceil(c * num_rows)``.
         min_rows: A loader whose first batch has fewer rows is not divided at all; see :attr:`is_whole`.
-        batch_rows: Counts the rows of a loaded batch.
     """
 
     def __init__(
@@ -49,12 +48,10 @@ class RowLoader:
         interval: Interval,
         *,
         min_rows: int = 1,
-        batch_rows: Callable[[Any], int] = count_rows,
     ) -> None:
         self._loader = loader
         self._interval = interval
         self._min_rows = min_rows
-        self._batch_rows = batch_rows
         self.is_whole = interval == (Fraction(0), Fraction(1))
 
     def __len__(self) -> int:
@@ -107,7 +104,7 @@ class RowLoader:
 
     def _load_whole(self, batches: Iterator[Any]) -> Iterator[Loaded]:
         for index, batch in enumerate(batches):
-            num_rows = self._batch_rows(batch)
+            num_rows = count_rows(batch)
             self._decide(index, num_rows)
             rows = self.rows(num_rows)
             yield Loaded(_slice_batch(batch, num_rows, rows), num_rows, rows)

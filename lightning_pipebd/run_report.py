@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning_pipebd.planning.explain import BlockTraits, exactness_of, exactness_reasons, explain_plan
 from lightning_pipebd.planning.outlook import Outlook
-from lightning_pipebd.planning.pipeline_outlook import PipelineOutlook
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.program import TARGETS
 from lightning_pipebd.planning.quantities import format_bytes
 from lightning_pipebd.planning.routing import moved_rows
-from lightning_pipebd.plots import DrawnSpan, draw_losses, draw_timelines
-from lightning_pipebd.report_page import Section, write_page
+from lightning_pipebd.plots import DrawnSpan
+from lightning_pipebd.report_page import Section
+from lightning_pipebd.report_sections import (
+    UNKNOWN,
+    Link,
+    losses_section,
+    ranks_section,
+    relay_section,
+    step_time_rows,
+    timeline_section,
+    write_report,
+)
 
-__all__ = ["RunReport", "describe_prediction"]
+__all__ = ["RunReport"]
 
-_UNKNOWN = "unknown"
+_TARGETS = "targets"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +68,7 @@ class RunReport:
             ImportError: matplotlib is not installed.
         """
         curves = {self._name(block): curve for block, curve in sorted(self.losses.items())}
-        pictures = {
-            "timeline.svg": partial(draw_timelines, timelines=self.timelines),
-            "losses.svg": partial(draw_losses, curves=curves),
-        }
-        write_page(path, self.title, self.sections(), pictures)
+        write_report(path, self.title, self.sections(), timelines=self.timelines, curves=curves)
 
     @property
     def title(self) -> str:
@@ -73,29 +77,24 @@ class RunReport:
 
     def sections(self) -> list[Section]:
         """Give the page part by part."""
-        both = "Predicted above measured, on one scale; hatched is waiting."
         return [
             Section("At a glance", table=[["", ""], *map(list, self._glance())]),
-            Section("Timeline", both if len(self.timelines) > 1 else "Measured.", picture="timeline.svg"),
-            Section("Ranks", "Milliseconds per step; RECV, SEND and REDUCE are no work.", self._rank_table()),
+            timeline_section(self.timelines, "hatched is waiting"),
+            ranks_section(self.summary, self.outlook),
             Section("Blocks", "Milliseconds per step, of all ranks of a block together.", self._block_table()),
-            Section("Relay", "What travels between ranks with every batch.", self._relay_table()),
-            Section("Losses", "Of every block, by training step.", picture="losses.svg"),
+            relay_section("What travels between ranks with every batch.", self._links()),
+            losses_section("Of every block, by training step."),
             Section("Plan", verbatim=self._explanation()),
         ]
 
     def _glance(self) -> list[tuple[str, str]]:
-        measured, bubble = self.summary["step_time_ms"], self.summary["bubble_fraction"]
         slowest = self.summary["slowest_block"]
         reasons = [reason.sentence for reason in exactness_reasons(self.plan, self.traits)]
         return [
             ("plan", format_plan(self.plan) if has_text_form(self.plan) else "see below"),
             ("exactness", " ".join([str(exactness_of(self.plan, self.traits)), *reasons[:1]])),
-            ("rows of a batch", str(self.num_rows)),
-            ("predicted step", describe_prediction(self.outlook, measured)),
-            ("measured step", f"{measured:.4g} ms, over {self.summary['steps']} steps"),
-            ("bubble share", f"{bubble:.0%} of the ranks' time is not work"),
-            ("slowest block", _UNKNOWN if slowest is None else self._name(slowest)),
+            *step_time_rows(self.num_rows, self.summary, self.outlook),
+            ("slowest block", UNKNOWN if slowest is None else self._name(slowest)),
             ("relay traffic", self._traffic()),
         ]
 
@@ -104,23 +103,11 @@ class RunReport:
         if not links:
             return "none"
         # How large labels are, nobody has measured.
-        sizes = [size for _, _, boundary, _, size in links if boundary != TARGETS]
-        pairs = len({(sender, receiver) for sender, receiver, *_ in links})
-        known = _UNKNOWN if None in sizes else f"{format_bytes(sum(filter(None, sizes)))} per step"
+        sizes = [link.num_bytes for link in links if link.what != _TARGETS]
+        pairs = len({(link.sender, link.receiver) for link in links})
+        known = UNKNOWN if None in sizes else f"{format_bytes(sum(filter(None, sizes)))} per step"
         also = ", and the targets" if len(sizes) < len(links) else ""
         return f"{known} over {pairs} connection{'s' if pairs > 1 else ''}{also}"
-
-    def _rank_table(self) -> list[list[str]]:
-        kinds = ("load", "recv", "teach", "learn", "send", "reduce", "update")
-        predicted = self.outlook.judgement.busy_ms if self.outlook is not None else ()
-        step_ms = self.outlook.step_time_ms if self.outlook is not None else 0.0
-        table = [["rank", *(kind.upper() for kind in kinds), "at work", "predicted"]]
-        for found in self.summary["ranks"]:
-            rank = found["rank"]
-            foreseen = f"{predicted[rank] / step_ms:.0%}" if step_ms else "-"
-            cells = [f"{found[kind]:.2f}" for kind in kinds]
-            table.append([str(rank), *cells, f"{found['utilisation']:.0%}", foreseen])
-        return table
 
     def _block_table(self) -> list[list[str]]:
         found = {block["block"]: block for block in self.summary["blocks"]}
@@ -158,23 +145,15 @@ class RunReport:
             sums.append(f"{sum(times):.2f}")
         return sums[0], sums[1]
 
-    def _links(self) -> list[tuple[int, int, int, int, int | None]]:
+    def _links(self) -> list[Link]:
         sizes = {0: self.input_bytes_per_row, TARGETS: None}
         sizes |= {block + 1: trait.boundary_bytes_per_row for block, trait in enumerate(self.traits)}
         moved = moved_rows(self.plan, self.num_rows, target_blocks=self.target_blocks)
-        return [
-            (*link, rows, None if (size := sizes[link.boundary]) is None else size * rows)
-            for link, rows in moved.items()
-        ]
-
-    def _relay_table(self) -> list[list[str]]:
-        table = [["from", "to", "what", "rows", "bytes per step"]]
-        for sender, receiver, boundary, rows, size in self._links():
-            what = "targets" if boundary == TARGETS else f"boundary {boundary}"
-            table.append(
-                [str(sender), str(receiver), what, str(rows), _UNKNOWN if size is None else format_bytes(size)]
-            )
-        return table
+        links = []
+        for (sender, receiver, boundary), rows in moved.items():
+            what, size = _TARGETS if boundary == TARGETS else f"boundary {boundary}", sizes[boundary]
+            links.append(Link(sender, receiver, what, str(rows), None if size is None else size * rows))
+        return links
 
     def _name(self, block: int) -> str:
         name = self.traits[block].name
@@ -190,12 +169,3 @@ class RunReport:
             input_bytes_per_row=self.input_bytes_per_row,
             target_blocks=self.target_blocks,
         )
-
-
-def describe_prediction(outlook: Outlook | PipelineOutlook | None, measured_ms: float) -> str:
-    """Say what a step was foreseen to take, beside what it took."""
-    if outlook is None:
-        return "none: the plan was given, and nothing was measured"
-    predicted = outlook.step_time_ms
-    off = f", the measured one is {measured_ms / predicted - 1:+.0%} off" if predicted else ""
-    return f"{predicted:.4g} ms{off}"

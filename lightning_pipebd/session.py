@@ -10,23 +10,23 @@ from functools import partial
 from math import lcm
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipebd.block_jobs import BlockJobs
-from lightning_pipebd.checkpoint import PrunedOptimizer
 from lightning_pipebd.converged_blocks import ConvergedBlocks
 from lightning_pipebd.data import HeaderLoader, TrainLoader, header_loader, num_trained, save_position
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.fit_callbacks import add_callback, remove_callback
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import watch_plan
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy, seed_workers, set_device
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.trainer import seed_workers
 from lightning_pipebd.loaded_boundaries import load_boundaries
 from lightning_pipebd.module import BlockwiseDistillationModule
+from lightning_pipebd.placement import BlockPlacement
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan import Plan, Rows
@@ -87,7 +87,8 @@ class TrainingSession(FitSession):
         max_in_flight: int,
         time_limits: tuple[timedelta | None, timedelta],
     ) -> None:
-        super().__init__(transport, strategy, max_in_flight=max_in_flight, time_limits=time_limits)
+        placement = BlockPlacement(module, plan, transport.rank, strategy.root_device)
+        super().__init__(transport, strategy, placement, max_in_flight=max_in_flight, time_limits=time_limits)
         self._module = module
         self._plan = plan
         self._learned = [block for block in range(plan.num_blocks) if self._rank in plan.student_ranks(block)]
@@ -226,24 +227,6 @@ class TrainingSession(FitSession):
         """Tell whether this fit is or was the module's."""
         return module is self._module
 
-    # Blocks on devices.
-
-    def place_blocks(self) -> None:
-        """Have the blocks of this rank on its device, and the others in host memory."""
-        device = self._strategy.root_device
-        set_device(self._module, device)
-        if device.type == "cpu":
-            return
-        pairs = self._module.block_pairs
-        for block in range(self._plan.num_blocks):
-            is_taught = self._rank in self._plan.teacher_ranks(block)
-            pairs.teacher.blocks[block].to(device if is_taught else "cpu")
-            home = device if block in self._learned else torch.device("cpu")
-            pairs.student.blocks[block].to(home)
-            for side in ("input", "output"):
-                if f"{side}_{block}" in self._module.adapters:
-                    self._module.adapters[f"{side}_{block}"].to(home)
-
     def synchronise_batch_norm(self, transport: ProcessGroupTransport) -> None:
         """Let shared blocks take their batch statistics over the rows of all ranks that share them."""
         shared = [block for block in range(self._plan.num_blocks) if len(self._plan.student_ranks(block)) > 1]
@@ -253,47 +236,6 @@ class TrainingSession(FitSession):
             if block in self._learned
         ]
         self._norms = SynchronisedNorms(self._module.student, blocks)
-
-    def gather_on_device(self) -> None:
-        """Have the whole student on this rank's device, for evaluation."""
-        self._module.student.to(self._strategy.root_device)
-        self._module.adapters.to(self._strategy.root_device)
-        if self._module.block_momentum is not None:
-            self._module.teacher.to(self._strategy.root_device)
-        set_device(self._module, self._strategy.root_device)
-
-    def owned_tensors(self) -> list[tuple[list[Tensor], int]]:
-        """Give every block's parameters and buffers with the rank whose values count."""
-        module = self._module
-        owned = [
-            ([*module.block_parameters(block), *module.block_buffers(block)], self._plan.owner(block))
-            for block in range(self._plan.num_blocks)
-        ]
-        if module.block_momentum is not None:
-            owned += [
-                (module.block_momentum.tensors(block), shares[0].rank)
-                for block, shares in enumerate(self._plan.teacher)
-            ]
-        return [(tensors, rank) for tensors, rank in owned if tensors]
-
-    # Optimizers.
-
-    def prune(self, optimizers: list[Optimizer]) -> None:
-        """Leave this rank's parameters in the optimizers; what belongs to no block stays with rank 0."""
-        learners: dict[int, tuple[tuple[int, ...], int]] = {}
-        for block in range(self._plan.num_blocks):
-            for parameter in self._module.block_parameters(block):
-                learners[id(parameter)] = (self._plan.student_ranks(block), self._plan.owner(block))
-        nobody = ((0,), 0)
-
-        def is_local(parameter: nn.Parameter) -> bool:
-            return self._rank in learners.get(id(parameter), nobody)[0]
-
-        def is_owned(parameter: nn.Parameter) -> bool:
-            return self._rank == learners.get(id(parameter), nobody)[1]
-
-        for optimizer in optimizers:
-            self._pruned[id(optimizer)] = PrunedOptimizer(optimizer, is_local, is_owned)
 
     # Data.
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_pipebd.automatic_pipeline import FoundPipeline, check_pipeline_request, find_pipeline_of_fit
 from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, explain_found, find_plan_of_fit
 from lightning_pipebd.distillation_module import DistillationModule
-from lightning_pipebd.lightning_internals import ProcessGroupStrategy
+from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers, pipeline_edges
 from lightning_pipebd.pipeline_replicas import sharing_groups
@@ -127,7 +127,7 @@ class SessionChoice(NamedTuple):
                 max_in_flight=max_in_flight,
                 time_limits=time_limits,
             )
-            pipeline.place_blocks()
+            pipeline.placement.place()
             return cls(pipeline, way, way.options.announce(way.plan, module, way.outlook))
         assert isinstance(module, BlockwiseDistillationModule)
         found = find_plan_of_fit(strategy, request.finder, trainer, module, transport)
@@ -152,7 +152,7 @@ class SessionChoice(NamedTuple):
         )
         if strategy.layer_sync:
             session.synchronise_batch_norm(transport)
-        session.place_blocks()
+        session.placement.place()
         warn_of_statistics(found.plan, module, is_synchronised=strategy.layer_sync)
         return cls(session, found, explain_found(found, module, is_synchronised=strategy.layer_sync))
 

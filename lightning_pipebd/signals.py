@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_pipebd.fit_callbacks import FitCallback
-from lightning_pipebd.lightning_internals import (
+from lightning_pipebd.lightning_internals.trainer import (
     follow_requeue_signal,
     redirect_signals,
     set_terminated,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from datetime import timedelta
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -21,10 +20,9 @@ from typing_extensions import override
 from lightning_pipebd.automatic_pipeline import FoundPipeline
 from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder
 from lightning_pipebd.checkpoint import synchronise_models
-from lightning_pipebd.data import BatchHeader, EvaluationLoader, check_loader
-from lightning_pipebd.evaluation import CompleteValues
+from lightning_pipebd.data import BatchHeader, check_loader
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
-from lightning_pipebd.lightning_internals import COMPLETE, seed_workers, silence_sigterm_broadcast
+from lightning_pipebd.lightning_internals.trainer import silence_sigterm_broadcast
 from lightning_pipebd.other_lightning import refuse_other_trainer
 from lightning_pipebd.pipeline_data import AheadBatch
 from lightning_pipebd.pipeline_options import PipelineOptions
@@ -37,7 +35,6 @@ from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.preflight import check_callbacks, check_schedulers
 from lightning_pipebd.replanning import Replanning
-from lightning_pipebd.row_loader import RowLoader
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
 from lightning_pipebd.session_choice import PlanRequest, SessionChoice, check_session_optimizers, require_module
 from lightning_pipebd.signals import give_exit_status, handle_signals_outside_fit
@@ -128,9 +125,6 @@ class PipeBDStrategy(Replanning):
         self._request = PlanRequest(finder, PipelineOptions(num_micro_batches, schedule, split_backward))
         self._found: FoundPlan | FoundPipeline | None = None
         self._max_in_flight = max_in_flight
-        self._shares_logs = False
-        self._is_in_evaluation_step = False
-        self._complete_values = CompleteValues()
         self._is_accumulating = False
 
     @classmethod
@@ -149,11 +143,6 @@ class PipeBDStrategy(Replanning):
     def outlook(self) -> Outlook | PipelineOutlook | None:
         """What was foreseen of the plan at the last ``fit``; ``None`` if nothing was measured."""
         return self._found and self._found.outlook
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether logged values are to be exchanged: while ranks hold different rows, and when an epoch ends."""
-        return self._shares_logs
 
     # Set-up.
 
@@ -230,16 +219,12 @@ class PipeBDStrategy(Replanning):
     @override
     def process_dataloader(self, dataloader: Any) -> Any:
         module = require_module(self.lightning_module)
-        assert self._transport is not None
         check_loader(dataloader)
         if module.trainer.training:
             return self.training_loader(dataloader, replans=self._request.finder.replans)
         if module.trainer.predicting:
             return dataloader
-        rank, num_ranks = self._transport.rank, self._transport.num_ranks
-        seed_workers(dataloader, rank)
-        interval = (Fraction(rank, num_ranks), Fraction(rank + 1, num_ranks))
-        return EvaluationLoader(RowLoader(dataloader, interval, min_rows=num_ranks), self._transport)
+        return self.evaluation_loader(dataloader)
 
     # Training.
 
@@ -287,90 +272,6 @@ class PipeBDStrategy(Replanning):
         assert self._session is not None
         self._session.close()
         self._assemble_student()
-
-    # Evaluation: the whole student on every rank, each rank its rows of every batch.
-
-    @override
-    def on_validation_start(self) -> None:
-        self._begin_evaluation()
-
-    @override
-    def on_test_start(self) -> None:
-        self._begin_evaluation()
-
-    @override
-    def validation_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:
-        with self._evaluation_step(*args[1:]):
-            return None if isinstance(batch, BatchHeader) else super().validation_step(batch, *args)
-
-    @override
-    def test_step(self, batch: Any, *args: Any) -> STEP_OUTPUT:
-        with self._evaluation_step(*args[1:]):
-            return None if isinstance(batch, BatchHeader) else super().test_step(batch, *args)
-
-    @override
-    def on_validation_end(self) -> None:
-        self._end_evaluation()
-
-    @override
-    def on_test_end(self) -> None:
-        self._end_evaluation()
-
-    @override
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        # While training, every rank has the same epoch means already. While evaluating, a rank without rows of a short
-        # batch is not in its step: values are exchanged once, when the loop has ended.
-        is_training = self._session is not None and require_module(self.lightning_module).trainer.training
-        if self._is_in_evaluation_step or is_training or group is COMPLETE:
-            return tensor
-        if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg"):
-            # Sums and numbers of rows alike: a mean rounded to float32, or to an integer, would be a wrong weight.
-            tensor = tensor.double()
-        return super().reduce(tensor, group, reduce_op)
-
-    @override
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        # Not by `reduce`, which leaves values alone while training.
-        if self._transport is None:
-            return decision
-        decisions = self._transport.all_gather_object(decision)
-        return False not in decisions if all else True in decisions
-
-    @contextmanager
-    def sharing_logs(self) -> Generator[None, None, None]:
-        """Exchange what is logged inside the context."""
-        self._share_logs(True)
-        try:
-            yield
-        finally:
-            self._share_logs(False)
-
-    def _share_logs(self, is_shared: bool) -> None:
-        self._shares_logs = is_shared
-        require_module(self.lightning_module).shares_logs = is_shared
-
-    @contextmanager
-    def _evaluation_step(self, dataloader_idx: int = 0) -> Generator[None, None, None]:
-        self._is_in_evaluation_step = True
-        if self._session is not None:
-            self._session.progress.mark("evaluating")
-        try:
-            with self._complete_values.step(require_module(self.lightning_module), dataloader_idx):
-                yield
-        finally:
-            self._is_in_evaluation_step = False
-
-    def _begin_evaluation(self) -> None:
-        self._share_logs(True)
-        if self._session is not None:
-            self._assemble_student()
-            self._session.gather_on_device()
-
-    def _end_evaluation(self) -> None:
-        self._share_logs(False)
-        self._complete_values.restore()
-        if self._session is not None:
-            self._session.place_blocks()
 
     # The end.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_pipebd.distillation_module import DistillationModule
+from lightning_pipebd.model_cuts_module import ModelCutsModule
 from lightning_pipebd.runtime.block_calls import BlockCalls
-from lightning_pipebd.runtime.model_cuts import ModelCuts, cut_models, match_blocks
-from lightning_pipebd.runtime.momentum import Buffers, MomentumBlock, MomentumTeacher, block_tensors
+from lightning_pipebd.runtime.model_cuts import cut_models
+from lightning_pipebd.runtime.momentum import Buffers
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.step_guard import StepGuard
@@ -25,7 +24,7 @@ __all__ = ["TeacherStudentModule"]
 _UPDATES_KEY = "teacher_updates"
 
 
-class TeacherStudentModule(DistillationModule):
+class TeacherStudentModule(ModelCutsModule):
     """Train a whole student by a loss of its own and a teacher's output.
 
     .. code-block:: python
@@ -97,9 +96,8 @@ class TeacherStudentModule(DistillationModule):
         full_batch_loss: bool = False,
         on_nonfinite: str = "raise",
     ) -> None:
-        super().__init__()
         _check_options(teacher, momentum, teacher_delay, buffers)
-        self.cuts: ModelCuts = cut_models(
+        cuts = cut_models(
             teacher,
             student,
             block_map=block_map,
@@ -108,22 +106,12 @@ class TeacherStudentModule(DistillationModule):
             teacher_blocks=teacher_blocks,
             student_blocks=student_blocks,
         )
-        self.student = student
-        self.predictor = predictor
-        self.momentum = momentum
-        self.teacher_delay = teacher_delay
+        super().__init__(cuts, student, predictor, momentum=momentum, teacher_delay=teacher_delay, buffers=buffers)
         self.has_views = views
         self.full_batch_loss = full_batch_loss
         self.num_teacher_updates = 0
         self._teacher_calls = BlockCalls(self.cuts.teacher, "teacher")
         self._student_calls = BlockCalls(self.cuts.student, "student")
-        if momentum is None:
-            self.hide_teacher(self.cuts.teacher_model)
-        else:
-            match_blocks(student, self.cuts)
-            self.teacher = self.cuts.teacher_model.requires_grad_(False).eval()
-        self.average = copy.deepcopy(self.teacher) if teacher_delay else None
-        self._buffer_policy: Buffers = buffers
         self.step_guard = StepGuard(on_nonfinite)
         self._is_skipped = False
         # Set by a strategy that has the blocks on several devices.
@@ -164,68 +152,7 @@ class TeacherStudentModule(DistillationModule):
         there, and comes into checkpoints. Plans with replicas are refused: there each loss sees its rows only.
         """
 
-    # What users call.
-
-    @property
-    def averaged_teacher(self) -> nn.Module:
-        """The latest average of the student; the teacher itself if it is frozen or has no delay."""
-        return self.teacher if self.average is None else self.average
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """Give what an optimizer should train: all parameters that want a gradient, also those of a loss."""
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
-
-    # Blocks; what a strategy calls, and `training_step` below.
-
-    @property
-    def num_student_blocks(self) -> int:
-        """Number of the student's blocks; the predictor belongs to the last."""
-        return len(self.cuts.student.blocks)
-
-    @property
-    def num_teacher_blocks(self) -> int:
-        """Number of the teacher's blocks."""
-        return len(self.cuts.teacher.blocks)
-
-    def student_parameters(self, block: int) -> list[nn.Parameter]:
-        """Give the parameters that a student block trains."""
-        own = [self.student.get_parameter(name) for name in self.cuts.student.parameter_names[block]]
-        is_last = block == self.num_student_blocks - 1 and self.predictor is not None
-        return [*own, *self.predictor.parameters()] if is_last and self.predictor is not None else own
-
-    def student_tensors(self, block: int) -> list[Tensor]:
-        """Give a student block's parameters and buffers."""
-        return [*self.student_parameters(block), *self._student_buffers(block)]
-
-    def _student_buffers(self, block: int) -> list[Tensor]:
-        buffers = [self.student.get_buffer(name) for name in self.cuts.student.buffer_names[block]]
-        if block == self.num_student_blocks - 1 and self.predictor is not None:
-            buffers += self.predictor.buffers()
-        return buffers
-
-    def teacher_tensors(self, block: int) -> list[Tensor]:
-        """Give the parameters and buffers of a teacher block, of what teaches and of what runs ahead."""
-        names = [*self.cuts.teacher.parameter_names[block], *self.cuts.teacher.buffer_names[block]]
-        models = [self.teacher] if self.average is None else [self.teacher, self.average]
-        return [tensor for model in models for tensor in block_tensors(model, names)]
-
-    def make_momentum(self) -> MomentumTeacher:
-        """Bring the tensors of each block together; anew when they have moved to another device."""
-        blocks = []
-        for block in range(self.num_teacher_blocks):
-            parameters, buffers = self.cuts.teacher.parameter_names[block], self.cuts.teacher.buffer_names[block]
-            ahead = self.average
-            blocks.append(
-                MomentumBlock(
-                    block_tensors(self.student, self.cuts.student.parameter_names[block]),
-                    block_tensors(self.teacher, parameters),
-                    None if ahead is None else block_tensors(ahead, parameters),
-                    block_tensors(self.student, self.cuts.student.buffer_names[block]),
-                    block_tensors(self.teacher, buffers),
-                    None if ahead is None else block_tensors(ahead, buffers),
-                )
-            )
-        return MomentumTeacher(blocks, self._buffer_policy)
+    # What a strategy calls, and `training_step` below.
 
     def teach(self, block: int, boundary: Any) -> Any:
         """Give the teacher's boundary ``block + 1``; ``boundary`` stays unchanged."""
@@ -354,14 +281,6 @@ class TeacherStudentModule(DistillationModule):
             self.clip_in_plan(optimizer, float(gradient_clip_val))
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    @override
-    def train(self, mode: bool = True) -> TeacherStudentModule:
-        super().train(mode)
-        for model in (self.teacher, self.average):
-            if model is not None:
-                model.eval()
-        return self
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -186,7 +186,7 @@ def modules_are_named_for_what_they_do(modules: list[Module]) -> Iterator[str]:
 def only_transport_communicates(modules: list[Module]) -> Iterator[str]:
     for module in modules:
         # Lightning's own hooks (barrier, broadcast) are collectives by definition, and run before a transport exists.
-        is_host = module.name == f"{PACKAGE}.{LIGHTNING_INTERNALS}"
+        is_host = module.parts == (LIGHTNING_INTERNALS, "processes")
         is_transport = is_host or (module.floor == "runtime" and module.stem.startswith("transport"))
         allowed = (
             (COMMUNICATION | MEMBERSHIP)
@@ -201,9 +201,9 @@ def only_transport_communicates(modules: list[Module]) -> Iterator[str]:
                 yield f"{module.name}:{line} must leave {name} to the transport"
 
 
-def only_one_module_uses_lightning_internals(modules: list[Module]) -> Iterator[str]:
+def one_package_uses_lightning_internals(modules: list[Module]) -> Iterator[str]:
     for module in modules:
-        if module.name == f"{PACKAGE}.{LIGHTNING_INTERNALS}":
+        if module.parts[:1] == (LIGHTNING_INTERNALS,):
             continue
         for line, name in module.names:
             is_lightning = name.split(".")[0] in {"lightning", "lightning_fabric", "pytorch_lightning"}
@@ -242,7 +242,7 @@ RULES: list[Rule] = [
     functions_are_short,
     modules_are_named_for_what_they_do,
     only_transport_communicates,
-    only_one_module_uses_lightning_internals,
+    one_package_uses_lightning_internals,
     public_modules_list_their_names,
     nothing_prints,
 ]
@@ -280,12 +280,18 @@ FAULTS = [
     (only_transport_communicates, "runtime/a.py", "from torch import distributed\ndistributed.barrier()", "barrier"),
     (only_transport_communicates, "runtime/a.py", "import torch\ntorch.distributed.all_reduce(1)", "all_reduce"),
     (only_transport_communicates, "strategy.py", "from torch.distributed import isend", "torch.distributed.isend"),
+    (only_transport_communicates, "lightning_internals/module.py", "from torch.distributed import isend", "isend"),
     (only_transport_communicates, "transport.py", "from torch.distributed import isend", "torch.distributed.isend"),
     (only_transport_communicates, "a.py", "from torch.distributed import new_group", "torch.distributed.new_group"),
-    (only_one_module_uses_lightning_internals, "a.py", "from lightning.pytorch._x import y", "lightning.pytorch._x.y"),
-    (only_one_module_uses_lightning_internals, "a.py", "from lightning.pytorch.x import _y", "pytorch.x._y"),
-    (only_one_module_uses_lightning_internals, "a.py", "import lightning as l\nl.pytorch._x()", "a:2 uses the private"),
-    (only_one_module_uses_lightning_internals, "a.py", "def f(s):\n    s.trainer._x()", "private name s.trainer._x"),
+    (one_package_uses_lightning_internals, "a.py", "from lightning.pytorch._x import y", "lightning.pytorch._x.y"),
+    (one_package_uses_lightning_internals, "a.py", "from lightning.pytorch.x import _y", "pytorch.x._y"),
+    (
+        one_package_uses_lightning_internals,
+        "a.py",
+        "import lightning as l\nl.pytorch._x()",
+        "a:2 uses the private",
+    ),
+    (one_package_uses_lightning_internals, "a.py", "def f(s):\n    s.trainer._x()", "private name s.trainer._x"),
     (public_modules_list_their_names, "a.py", "x = 1", "pipebd.a has no __all__"),
     (public_modules_list_their_names, "runtime/__init__.py", "from x import y", "pipebd.runtime has no __all__"),
     (nothing_prints, "a.py", "def f():\n    print(1)", "pipebd.a:2 prints"),
@@ -302,7 +308,9 @@ GOOD_PACKAGE = {
     "runtime/transport_gloo.py": "import torch.distributed as d\n__all__ = []\nd.send(1)\nd.new_group()",
     "runtime/_private.py": "from torch.distributed import is_initialized\nx = 1\nx.send()",
     "strategy.py": "import torch.distributed as d\n__all__ = []\nd.init_process_group()",
-    "lightning_internals.py": "from lightning.pytorch._x import _y\n__all__ = []\n_y.trainer._z()" + "\n" * 397,
+    "lightning_internals/__init__.py": "",
+    "lightning_internals/trainer.py": "from lightning.pytorch._x import _y\n__all__ = []\n_y.trainer._z()" + "\n" * 397,
+    "lightning_internals/processes.py": "import torch.distributed as d\n__all__ = []\nd.barrier()",
     "database.py": "import lightning\n__all__ = [lightning.__name__]\ndef f():" + "\n    pass" * 59,
 }
 

@@ -1,4 +1,4 @@
-"""The private names of Lightning that `lightning_internals.py` stands on: a new version that moves one fails here."""
+"""The private names of Lightning that `lightning_internals` stands on: a new version that moves one fails here."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ from torch.utils.data import DataLoader
 
 import lightning_pipebd.lightning_internals as internals
 from lightning_pipebd.fit_callbacks import FitCallback, add_callback, remove_callback, user_callbacks
-from lightning_pipebd.lightning_internals import (
+from lightning_pipebd.lightning_internals.module import (
+    _POSITION_OF_SYNC_DIST,
     StagedBatch,
     StagedBatchModule,
+    set_device,
+)
+from lightning_pipebd.lightning_internals.trainer import (
     redirect_signals,
     request_train_loader,
     set_terminated,
@@ -63,10 +67,11 @@ def test_function_has_the_parameters_that_we_use(function: Any, names: list[str]
 
 
 def test_every_private_name_that_we_import_is_pinned_here() -> None:
-    tree = ast.parse(Path(internals.__file__).read_text())
+    files = Path(internals.__file__).parent.glob("*.py")
     imported = {
         alias.name
-        for node in ast.walk(tree)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning.")
         for alias in node.names
         if alias.name.startswith("_")
@@ -87,13 +92,13 @@ def test_strategy_has_the_attribute(name: str) -> None:
 
 def test_module_keeps_its_device_where_we_set_it() -> None:
     module = LightningModule()
-    internals.set_device(module, torch.device("meta"))
+    set_device(module, torch.device("meta"))
     assert module.device == torch.device("meta")
 
 
 def test_position_of_sync_dist_behind_name_and_value() -> None:
     names = list(signature(LightningModule.log).parameters)
-    assert names[internals._POSITION_OF_SYNC_DIST + 3] == "sync_dist"
+    assert names[_POSITION_OF_SYNC_DIST + 3] == "sync_dist"
     assert "sync_dist_group" in names
 
 

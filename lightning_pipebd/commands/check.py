@@ -84,7 +84,7 @@ def _suggest(options: argparse.Namespace) -> str:
 def _pair_line(pair: SuggestedPair, *, is_last: bool) -> str:
     student, teacher = ("x".join(map(str, shape[1:])) for shape in (pair.student_shape, pair.teacher_shape))
     back = "" if is_last else ", and the next block an input adapter back"
-    shapes = student if student == teacher else f"{student} -> needs an adapter to {teacher}{back}"
+    shapes = f"{student} -> needs an adapter to {teacher}{back}" if pair.needs_adapter else student
     return f"  {pair.teacher or json.dumps('')}: {pair.student or json.dumps('')}  # {shapes}"
 
 

@@ -134,7 +134,7 @@ def describe_models(module: TeacherStudentModule) -> list[dict[str, Any]]:
 
 
 def _count(partition: Partition, model: nn.Module, block: int) -> int:
-    return sum(model.get_parameter(name).numel() for name in partition.parameter_names[block])
+    return sum(parameter.numel() for parameter in partition.parameters(model, block))
 
 
 def pipeline_entries(module: TeacherStudentModule) -> Iterator[tuple[str, list[nn.Parameter], list[Tensor]]]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_pipebd.planning.costs import CostTable, LinkCost
 from lightning_pipebd.planning.curve import CostError
-from lightning_pipebd.planning.plain_data import from_plain, to_plain
+from lightning_pipebd.planning.plain_data import PlainData
 
 __all__ = ["Cluster"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Cluster:
+class Cluster(PlainData):
     """The ranks that a plan may use; index = rank.
 
     Args:
@@ -30,6 +29,8 @@ class Cluster:
         >>> cluster.node, cluster.are_on_one_node((0, 1)), cluster.are_on_one_node((1, 2))
         ((0, 0, 1, 1), True, False)
     """
+
+    _subject = "cluster"
 
     device_class: tuple[str, ...]
     node: tuple[int, ...]
@@ -66,20 +67,6 @@ class Cluster:
             node=tuple(rank // (ranks_per_node or num_ranks) for rank in range(num_ranks)),
             memory_limit_bytes=(memory_limit_bytes,) * num_ranks,
         )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Cluster:
-        """Read back what `to_dict` gave, or what a person wrote into a YAML or JSON file.
-
-        Raises:
-            CostError: A key is missing or unknown or a value is impossible; the message names the place.
-        """
-        return from_plain(cls, data, "cluster")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Describe the cluster in strings, numbers, lists and dictionaries, fit for YAML and JSON."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
 
     @property
     def num_ranks(self) -> int:

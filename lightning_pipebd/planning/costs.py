@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lightning_pipebd.planning.curve import CostError, Curve
-from lightning_pipebd.planning.plain_data import from_plain, to_plain
+from lightning_pipebd.planning.plain_data import PlainData
 
 __all__ = ["BlockSizes", "BlockTimes", "CostTable", "DeviceTimes", "LinkCost", "LoaderCost", "Overheads", "ReduceTimes"]
 
@@ -212,7 +212,7 @@ class Overheads:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CostTable:
+class CostTable(PlainData):
     """All measurements that a plan is judged by.
 
     Args:
@@ -247,6 +247,8 @@ class CostTable:
         >>> costs.times("default")[0].learn_ms.at(32)
         1.5
     """
+
+    _subject = "costs"
 
     blocks: tuple[BlockSizes, ...]
     devices: tuple[DeviceTimes, ...]
@@ -286,20 +288,6 @@ class CostTable:
         _check_amount("jitter_ms", self.jitter_ms)
         _check_fraction("noise", self.noise)
         _check_fraction("model_error", self.model_error)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> CostTable:
-        """Read back what `to_dict` gave, or what a person wrote into a YAML or JSON file.
-
-        Raises:
-            CostError: A key is missing or unknown or a value is impossible; the message names the place.
-        """
-        return from_plain(cls, data, "costs")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Describe the table in strings, numbers, lists and dictionaries, fit for YAML and JSON."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
 
     @property
     def num_blocks(self) -> int:

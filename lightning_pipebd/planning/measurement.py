@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.curve import CostError
 from lightning_pipebd.planning.explain import BlockTraits, Exactness
-from lightning_pipebd.planning.plain_data import from_plain, to_plain
+from lightning_pipebd.planning.plain_data import PlainData
 from lightning_pipebd.planning.planner import PlanChoice, find_plan
 
 __all__ = ["Measurement"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measurement:
+class Measurement(PlainData):
     """What was measured of a module and its batch.
 
     Args:
@@ -31,6 +29,8 @@ class Measurement:
     Raises:
         CostError: The traits are of another number of blocks, or a number is impossible.
     """
+
+    _subject = "measurement"
 
     costs: CostTable
     num_rows: int
@@ -54,20 +54,6 @@ class Measurement:
                 f"`target_blocks` must be below {self.costs.num_blocks}, but are {list(self.target_blocks)}. "
                 "Blocks are counted from 0."
             )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Measurement:
-        """Read back what `to_dict` gave, or what a person wrote into a YAML or JSON file.
-
-        Raises:
-            CostError: A key is missing or unknown or a value is impossible; the message names the place.
-        """
-        return from_plain(cls, data, "measurement")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Describe the measurement in strings, numbers, lists and dictionaries, fit for YAML and JSON."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
 
     def find_plan(
         self, cluster: Cluster, *, exactness: Exactness | str | None = None, max_in_flight: int = 2

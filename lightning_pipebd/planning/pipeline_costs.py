@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from math import isfinite
 from typing import Any
 
 from lightning_pipebd.planning.costs import LinkCost, LoaderCost
 from lightning_pipebd.planning.curve import CostError, Curve
-from lightning_pipebd.planning.plain_data import from_plain, to_plain
+from lightning_pipebd.planning.plain_data import PlainData
 
 __all__ = ["PipelineMeasurement", "StudentBlockCosts", "TeacherBlockCosts"]
 
@@ -87,7 +86,7 @@ class StudentBlockCosts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PipelineMeasurement:
+class PipelineMeasurement(PlainData):
     """What was measured of both models, of the loss and of the batch; ranks are taken for equal.
 
     Args:
@@ -127,6 +126,8 @@ class PipelineMeasurement:
         >>> PipelineMeasurement.from_dict(costs.to_dict()) == costs
         True
     """
+
+    _subject = "measurement"
 
     teacher: tuple[TeacherBlockCosts, ...]
     student: tuple[StudentBlockCosts, ...]
@@ -169,20 +170,6 @@ class PipelineMeasurement:
                 f"`coupled_blocks` must be below {len(self.student)}, but are {list(self.coupled_blocks)}. Blocks are "
                 "counted from 0."
             )
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PipelineMeasurement:
-        """Read back what `to_dict` gave, or what a person wrote into a YAML or JSON file.
-
-        Raises:
-            CostError: A key is missing or unknown or a value is impossible; the message names the place.
-        """
-        return from_plain(cls, data, "measurement")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Describe the measurement in strings, numbers, lists and dictionaries, fit for YAML and JSON."""
-        plain: dict[str, Any] = to_plain(self)
-        return plain
 
     @property
     def may_cut(self) -> bool:

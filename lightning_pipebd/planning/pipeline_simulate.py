@@ -186,63 +186,89 @@ def _find(actions: list[PipelineAction], first: PipelineAction) -> int:
 
 
 def _make_timetable(programs: Sequence[PipelineProgram], costs: PipelineCosts) -> Timetable:
-    messages: dict[tuple[int, PipelineAction], int] = {}
-    channels: dict[tuple[int, int], Channel] = {}
-    channel_of: list[int] = []
-    wire_ms: list[float] = []
-    gatherings: dict[tuple[int, tuple[int, ...]], Gathering] = {}
-    sizes = dict(enumerate(costs.gradient_bytes or [0.0] * len(costs.forward_ms)))
-    for program in programs:
-        buckets = find_buckets(program, sizes)
-        for action in program.actions:
-            if action.kind is PipelineKind.SEND:
-                number = messages[program.rank, action] = len(messages)
-                ends = (program.rank, action.peer)
-                link = costs.link(*ends)
-                channels.setdefault(ends, Channel(*ends, [], 0, link.latency_ms)).messages.append(number)
-                channel_of.append(list(channels).index(ends))
-                wire_ms.append(costs.message_bytes(program, action) / link.bytes_per_ms)
-            elif action.kind is PipelineKind.REDUCE and action.index in buckets:
-                size = sum(sizes[block] for block in buckets[action.index])
-                reduce_ms = costs.link(*action.ranks).reduce_ms(size, len(action.ranks))
-                steady = (0.0,) * len(action.ranks)
-                gatherings[action.index, action.ranks] = Gathering(action.index, action.ranks, reduce_ms, steady)
+    exchanges = _Exchanges(programs, costs)
+    return Timetable(
+        tuple(tuple(exchanges.operation(program, action) for action in program.actions) for program in programs),
+        costs.step_ms,
+        (costs.background_load_ms,) * len(programs),
+        tuple(exchanges.channels.values()),
+        tuple(exchanges.channel_of),
+        tuple(exchanges.wire_ms),
+        tuple(exchanges.gatherings.values()),
+    )
 
-    def operation(program: PipelineProgram, action: PipelineAction) -> Operation:
+
+class _Exchanges:
+    """What ranks send each other and sum together in a step, numbered as a timetable wants it.
+
+    Args:
+        programs: All ranks' programs.
+        costs: What they cost.
+
+    Attributes:
+        channels: By sender and receiver, in the order of their first message.
+        channel_of: For each message the number of its channel.
+        wire_ms: For each message its time on the way.
+        gatherings: By last block and ranks.
+    """
+
+    def __init__(self, programs: Sequence[PipelineProgram], costs: PipelineCosts) -> None:
+        self._costs = costs
+        self._messages: dict[tuple[int, PipelineAction], int] = {}
+        self.channels: dict[tuple[int, int], Channel] = {}
+        self.channel_of: list[int] = []
+        self.wire_ms: list[float] = []
+        self.gatherings: dict[tuple[int, tuple[int, ...]], Gathering] = {}
+        sizes = dict(enumerate(costs.gradient_bytes or [0.0] * len(costs.forward_ms)))
+        for program in programs:
+            buckets = find_buckets(program, sizes)
+            for action in program.actions:
+                if action.kind is PipelineKind.SEND:
+                    self._add_message(program, action)
+                elif action.kind is PipelineKind.REDUCE and action.index in buckets:
+                    self._add_gathering(action, sum(sizes[block] for block in buckets[action.index]))
+
+    def _add_message(self, program: PipelineProgram, action: PipelineAction) -> None:
+        number = self._messages[program.rank, action] = len(self._messages)
+        ends = (program.rank, action.peer)
+        link = self._costs.link(*ends)
+        self.channels.setdefault(ends, Channel(*ends, [], 0, link.latency_ms)).messages.append(number)
+        self.channel_of.append(list(self.channels).index(ends))
+        self.wire_ms.append(self._costs.message_bytes(program, action) / link.bytes_per_ms)
+
+    def _add_gathering(self, action: PipelineAction, num_bytes: float) -> None:
+        reduce_ms = self._costs.link(*action.ranks).reduce_ms(num_bytes, len(action.ranks))
+        steady = (0.0,) * len(action.ranks)
+        self.gatherings[action.index, action.ranks] = Gathering(action.index, action.ranks, reduce_ms, steady)
+
+    def operation(self, program: PipelineProgram, action: PipelineAction) -> Operation:
+        """Give what an action is in the timetable."""
+        costs = self._costs
         if action.kind in (PipelineKind.SEND, PipelineKind.RECV):
-            is_send = action.kind is PipelineKind.SEND
-            sent = action if is_send else action._replace(kind=PipelineKind.SEND, peer=program.rank)
-            number = messages[program.rank if is_send else action.peer, sent]
-            link = costs.link(program.rank, action.peer)
-            occupation = link.send_occupation if is_send else link.receive_occupation
-            kind = OperationKind.SEND if is_send else OperationKind.RECV
-            overhead = costs.send_ms if is_send else costs.recv_ms
-            return Operation(kind, overhead + occupation * (link.latency_ms + wire_ms[number]), number)
+            return self._exchange(program, action)
         if action.kind is PipelineKind.LOAD and not action.is_next:
             return Operation(OperationKind.LOAD, costs.load_ms)
         if action.kind is PipelineKind.REDUCE:
             key = (action.index, action.ranks)
-            if key not in gatherings:
+            if key not in self.gatherings:
                 # Its gradients are kept for those of a later block.
                 return Operation(OperationKind.COMPUTE, 0.0)
-            occupied_ms = costs.link(*action.ranks).reduce_occupation * gatherings[key].duration_ms
-            return Operation(OperationKind.REDUCE, occupied_ms, list(gatherings).index(key))
+            occupied_ms = costs.link(*action.ranks).reduce_occupation * self.gatherings[key].duration_ms
+            return Operation(OperationKind.REDUCE, occupied_ms, list(self.gatherings).index(key))
         if action.kind is PipelineKind.UPDATE:
             # The first one has to wait for all sums; after it, none is due.
             return Operation(OperationKind.FIRST_UPDATE, _compute_ms(program, action, costs))
         return Operation(OperationKind.COMPUTE, _compute_ms(program, action, costs))
 
-    operations = tuple(tuple(operation(program, action) for action in program.actions) for program in programs)
-    background = (costs.background_load_ms,) * len(programs)
-    return Timetable(
-        operations,
-        costs.step_ms,
-        background,
-        tuple(channels.values()),
-        tuple(channel_of),
-        tuple(wire_ms),
-        tuple(gatherings.values()),
-    )
+    def _exchange(self, program: PipelineProgram, action: PipelineAction) -> Operation:
+        costs, is_send = self._costs, action.kind is PipelineKind.SEND
+        sent = action if is_send else action._replace(kind=PipelineKind.SEND, peer=program.rank)
+        number = self._messages[program.rank if is_send else action.peer, sent]
+        link = costs.link(program.rank, action.peer)
+        occupation = link.send_occupation if is_send else link.receive_occupation
+        kind = OperationKind.SEND if is_send else OperationKind.RECV
+        overhead = costs.send_ms if is_send else costs.recv_ms
+        return Operation(kind, overhead + occupation * (link.latency_ms + self.wire_ms[number]), number)
 
 
 def _share(program: PipelineProgram, action: PipelineAction) -> float:

@@ -8,32 +8,46 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from lightning_pipebd.planning.curve import CostError, Curve
 
-__all__ = ["from_plain", "to_plain"]
+__all__ = ["PlainData"]
 
-T = TypeVar("T")
+_Class = TypeVar("_Class")
+_Self = TypeVar("_Self", bound="PlainData")
 
 
-def to_plain(value: Any) -> Any:
-    """Describe a value in strings, numbers, lists and dictionaries."""
+class PlainData:
+    """A frozen dataclass that YAML and JSON files hold; a subclass says under which name messages speak of it.
+
+    Fields are numbers, truth values, strings, curves, frozen dataclasses, or tuples of these.
+    """
+
+    __slots__ = ()
+    _subject = ""
+
+    @classmethod
+    def from_dict(cls: type[_Self], data: Mapping[str, Any]) -> _Self:
+        """Read back what `to_dict` gave, or what a person wrote into a YAML or JSON file.
+
+        Raises:
+            CostError: A key is missing or unknown or a value is impossible; the message names the place.
+        """
+        return _from_plain(cls, data, cls._subject)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Describe it in strings, numbers, lists and dictionaries, fit for YAML and JSON."""
+        plain: dict[str, Any] = _to_plain(self)
+        return plain
+
+
+def _to_plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: _to_plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple):
-        return [to_plain(entry) for entry in value]
+        return [_to_plain(entry) for entry in value]
     return value
 
 
-def from_plain(cls: type[T], data: Any, where: str) -> T:
-    """Read back what `to_plain` gave, or what a person wrote; fields with a default may be missing.
-
-    Args:
-        cls: Frozen dataclass to read; its fields are numbers, truth values, strings, curves, dataclasses,
-            or tuples of these.
-        data: The dictionary.
-        where: What is read, for messages.
-
-    Raises:
-        CostError: A key is missing or unknown, or a value is of another kind; and whatever `cls` itself refuses.
-    """
+def _from_plain(cls: type[_Class], data: Any, where: str) -> _Class:
+    """Read a dataclass; fields with a default may be missing. `where` says in messages what is read."""
     if not isinstance(data, Mapping):
         raise CostError(f"`{where}` must be a mapping, but is {data!r}. Write its keys and values.")
     assert is_dataclass(cls)
@@ -52,7 +66,7 @@ def from_plain(cls: type[T], data: Any, where: str) -> T:
 
 def _read(kind: Any, value: Any, where: str) -> Any:
     if isinstance(kind, type) and is_dataclass(kind):
-        return from_plain(kind, value, where)
+        return _from_plain(kind, value, where)
     if kind is Curve:
         return _read_curve(value, where)
     if get_origin(kind) is tuple:

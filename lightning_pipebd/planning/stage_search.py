@@ -47,7 +47,6 @@ def search_stages(
     cluster: Cluster,
     *,
     max_replicas: int,
-    floor_ms: float = 0.0,
     ceiling_ms: float = inf,
 ) -> Solution | None:
     """Find the stages whose slowest is fastest.
@@ -56,7 +55,6 @@ def search_stages(
         costs: Costs of all stages.
         cluster: Ranks to hand out; some may get no stage.
         max_replicas: Most ranks of one stage.
-        floor_ms: What the slowest stage costs at least.
         ceiling_ms: Solutions that cost more are of no interest.
 
     Returns:
@@ -64,6 +62,7 @@ def search_stages(
         ranks and their memory.
     """
     kinds = rank_kinds(cluster)
+    floor_ms = 0.0
     if len(kinds) == 1 and cluster.num_nodes > 1 and _is_dearer(costs.parts.costs):
         # Nodes rarely bind: if the best stages for one big node cost no more on these nodes, they are the best here.
         reach = make_reach(costs, cluster, kinds, max_replicas=max_replicas, ceiling_ms=ceiling_ms, ignores_nodes=True)

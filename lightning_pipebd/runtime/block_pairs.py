@@ -56,19 +56,9 @@ class BlockPairs:
     student: Partition
     candidates: tuple[Candidate | None, ...]
 
-    @property
-    def teacher_parameters(self) -> list[list[nn.Parameter]]:
-        """Parameters of each teacher block."""
-        return [[self.teacher_model.get_parameter(name) for name in names] for names in self.teacher.parameter_names]
-
-    @property
-    def student_parameters(self) -> list[list[nn.Parameter]]:
-        """Parameters of each student block, in the student's order."""
-        return [self.parameters_of(block) for block in range(len(self.names))]
-
     def parameters_of(self, block: int) -> list[nn.Parameter]:
         """Give one student block's parameters, in the student's order."""
-        return [_find_parameter(self.student_model, name) for name in self.student.parameter_names[block]]
+        return self.student.parameters(self.student_model, block)
 
     def resolve_keys(self, values: Mapping[str | int, _Value], subject: str) -> dict[int, _Value]:
         """Replace block names by block indices; the name of a place means all its candidates.
@@ -231,13 +221,3 @@ def _warn_of_untrained(student: nn.Module, partition: Partition) -> None:
             "Add the module that ends the model to the block map.",
             stacklevel=4,
         )
-
-
-def _find_parameter(model: nn.Module, name: str) -> nn.Parameter:
-    """Give a model's parameter, as ``get_parameter`` does, at a third of its time: blocks ask at every step."""
-    path, _, own_name = name.rpartition(".")
-    owner: nn.Module | None = model
-    for part in path.split(".") if path else ():
-        owner = owner._modules.get(part) if owner is not None else None
-    found = owner._parameters.get(own_name) if owner is not None else None
-    return model.get_parameter(name) if found is None else found

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_pipebd.runtime.blocks import Partition, call_block
 from lightning_pipebd.runtime.candidates import target_of
+from lightning_pipebd.runtime.side_effects import preserved_modes
 from lightning_pipebd.runtime.tracing import PartitionError
 
 __all__ = ["boundary_shapes", "check_shapes"]
@@ -184,7 +185,7 @@ def _run_without_trace(run: Callable[[_Modules, Any], _Result], modules: _Module
             except Exception as error:
                 if isinstance(error, PartitionError) and not isinstance(error, _BlockRunError):
                     raise
-            with _restored(everything):
+            with _evaluating(everything):
                 return run(modules, _to_device_of(everything, example))
     finally:
         random.setstate(python_state)
@@ -208,21 +209,19 @@ def _copy_to_meta(modules: _Modules, everything: Sequence[nn.Module]) -> _Module
 
 
 @contextmanager
-def _restored(modules: Sequence[nn.Module]) -> Iterator[None]:
-    modes = [(module, module.training) for module in modules]
+def _evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     buffers = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
     values = [None if buffer is None or is_lazy(buffer) else buffer.clone() for _, _, buffer in buffers]
-    try:
+    with preserved_modes(modules):
         for module in modules:
             module.training = False
-        yield
-    finally:
-        for module, was_training in modes:
-            module.training = was_training
-        for (module, name, buffer), value in zip(buffers, values, strict=True):
-            module._buffers[name] = buffer
-            if buffer is not None and value is not None and not buffer.equal(value):
-                buffer.copy_(value)
+        try:
+            yield
+        finally:
+            for (module, name, buffer), value in zip(buffers, values, strict=True):
+                module._buffers[name] = buffer
+                if buffer is not None and value is not None and not buffer.equal(value):
+                    buffer.copy_(value)
 
 
 def _to_device_of(modules: Sequence[nn.Module], example: Any) -> Any:

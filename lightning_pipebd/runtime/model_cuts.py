@@ -95,9 +95,8 @@ def match_blocks(student: nn.Module, cuts: ModelCuts) -> None:
     """
     sides = [
         [
-            [tuple(model.get_parameter(name).shape) for name in parameters]
-            + [tuple(model.get_buffer(name).shape) for name in buffers]
-            for parameters, buffers in zip(partition.parameter_names, partition.buffer_names, strict=True)
+            [tuple(own.shape) for own in (*partition.parameters(model, block), *partition.buffers(model, block))]
+            for block in range(len(partition.blocks))
         ]
         for model, partition in ((cuts.teacher_model, cuts.teacher), (student, cuts.student))
     ]

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["Buffers", "MomentumBlock", "MomentumTeacher", "block_tensors"]
+__all__ = ["Buffers", "MomentumBlock", "MomentumTeacher"]
 
 Buffers = Literal["average", "copy", "leave"]
 
@@ -96,12 +96,6 @@ class MomentumTeacher:
             _copy(buffers, own.student_buffers)
         else:
             _average(buffers, own.student_buffers, momentum)
-
-
-def block_tensors(model: nn.Module, names: Sequence[str]) -> list[Tensor]:
-    """Give a model's parameters or buffers by name."""
-    owners = [(model.get_submodule(path), name) for path, _, name in (name.rpartition(".") for name in names)]
-    return [getattr(owner, name) for owner, name in owners]
 
 
 def _average(averages: Sequence[Tensor], news: Sequence[Tensor], momentum: float) -> None:

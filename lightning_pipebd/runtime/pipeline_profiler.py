@@ -119,7 +119,6 @@ class PipelineProfiler:
         num_rows: Rows of the batch.
         row_counts: Numbers of rows to measure.
         is_full_batch: Whether the loss needs the whole batch.
-        samples: Repeats and times; `None` for a clock that waits for the device.
     """
 
     def __init__(
@@ -131,7 +130,6 @@ class PipelineProfiler:
         num_rows: int,
         row_counts: Sequence[int],
         is_full_batch: bool,
-        samples: Samples | None = None,
     ) -> None:
         self._work = work
         self._parts = parts
@@ -139,7 +137,7 @@ class PipelineProfiler:
         self._num_rows = num_rows
         self._row_counts = sorted({*row_counts, num_rows})
         self._is_full_batch = is_full_batch
-        self._samples = samples or Samples(device_clock(device))
+        self._samples = Samples(device_clock(device))
         self._cases: dict[tuple[str, int, int], _Case] = {}
         self._outputs: dict[int, tuple[Any, Any, Any]] = {}
         self._whole_reason = ""

@@ -68,11 +68,13 @@ def test_a_momentum_teacher_follows_every_block_wherever_it_is(
     check_pipeline_laws(plan, compile_pipeline(plan, step), step)
 
 
-@settings(max_examples=40)
-@given(plans(), steps(), st.data())
+@settings(max_examples=100)
+@given(plans(), steps(), st.integers(1, 3), st.data())
 def test_programs_without_one_of_their_actions_are_refused(
-    plan: PipelinePlan, step: PipelineStep, data: st.DataObject
+    plan: PipelinePlan, step: PipelineStep, replicas: int, data: st.DataObject
 ) -> None:
+    plan = replace(plan, num_ranks=replicas * plan.num_ranks, replicas=replicas)
+    step = replace(step, is_full_batch=step.is_full_batch and replicas == 1)
     programs = list(compile_pipeline(plan, step))
     places = [
         (program.rank, index)

@@ -44,24 +44,6 @@ def test_programs_of_replicas_obey_the_laws_and_read_back(text: str, step: Pipel
     assert [PipelineProgram.parse(str(program)) for program in programs] == list(programs)
 
 
-@settings(max_examples=60)
-@given(st.sampled_from(PLANS), steps(), st.data())
-def test_programs_without_one_of_their_actions_are_refused(text: str, step: PipelineStep, data: st.DataObject) -> None:
-    plan = PipelinePlan.parse(text)
-    programs = list(compile_pipeline(plan, step))
-    places = [
-        (program.rank, index)
-        for program in programs
-        for index, action in enumerate(program.actions)
-        if action.kind is not PipelineKind.LOAD
-    ]
-    rank, index = data.draw(st.sampled_from(places))
-    actions = programs[rank].actions
-    programs[rank] = programs[rank]._replace(actions=actions[:index] + actions[index + 1 :])
-    with pytest.raises(LawError):
-        check_pipeline_laws(plan, programs, step)
-
-
 STEP = PipelineStep(num_rows=4, num_micro_batches=2, teaches_own=False, num_next_rows=4)
 
 

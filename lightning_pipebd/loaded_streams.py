@@ -1,0 +1,81 @@
+"""From a loaded batch, and the one after it, to the streams that the programs of a whole student start from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from lightning_pipebd.data_position import RandomMoment
+from lightning_pipebd.pipeline_data import AheadBatch
+from lightning_pipebd.planning.pipeline_program import Stream
+from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
+from lightning_pipebd.teacher_student import TeacherStudentModule
+
+__all__ = ["LoadedStreams"]
+
+
+class LoadedStreams:
+    """What the loading rank's programs start from: the student's inputs, the teacher's, and the targets.
+
+    Each batch is unpacked once, even if that draws random numbers: the teacher may have seen it a step ahead.
+
+    Args:
+        module: Unpacks batches.
+        to_device: Brings a batch to this rank's device.
+
+    Attributes:
+        before_next: The random states before the next batch was unpacked; ``None`` if it was not.
+    """
+
+    def __init__(self, module: TeacherStudentModule, to_device: Callable[[Any], Any]) -> None:
+        self._module = module
+        self._to_device = to_device
+        self._unpacked: tuple[Any, Any] | None = None
+        self.before_next: RandomMoment | None = None
+
+    def present(self, batch: Any, num_rows: int, *, is_taught: bool) -> dict[Stream, RowTree]:
+        """Give the streams of the batch that is trained on.
+
+        Args:
+            batch: On this rank's device.
+            num_rows: Rows that were loaded.
+            is_taught: Whether the teacher has seen the batch already: it is the last that :meth:`following` was given.
+
+        Raises:
+            ValueError: The batch has another number of rows than were loaded.
+        """
+        unpacked = self._unpacked if is_taught and self._unpacked else self._module.unpack_batch(batch)
+        self._unpacked = None
+        return self._streams(unpacked, num_rows, is_taught=is_taught)
+
+    def following(self, batch: AheadBatch | None) -> dict[Stream, RowTree]:
+        """Give the streams of the batch after it, if that is known already.
+
+        Raises:
+            ValueError: The batch has another number of rows than were loaded.
+        """
+        self.before_next = None
+        if batch is None:
+            return {}
+        self.before_next = RandomMoment.now(())
+        self._unpacked = self._module.unpack_batch(self._to_device(batch))
+        return self._streams(self._unpacked, batch.num_rows, is_taught=False)
+
+    def _streams(self, unpacked: tuple[Any, Any], num_rows: int, *, is_taught: bool) -> dict[Stream, RowTree]:
+        inputs, targets = unpacked
+        streams = {Stream.HIDDEN: _as_rows(inputs, num_rows)}
+        if not is_taught:
+            streams[Stream.BOUNDARY] = _as_rows(self._module.teacher_inputs(inputs), num_rows)
+        streams[Stream.TARGETS] = RowTree(Rows(0, num_rows), targets, leading_row_leaves(targets, num_rows))
+        return streams
+
+
+def _as_rows(tree: Any, num_rows: int) -> RowTree:
+    if count_rows(tree) != num_rows:
+        msg = (
+            f"`unpack_batch` must give the {num_rows} rows that were loaded, but gives {count_rows(tree)}. Change the "
+            "number of rows in the dataset or the collate function, not in batch transfer hooks."
+        )
+        raise ValueError(msg)
+    return RowTree(Rows(0, num_rows), tree, leading_row_leaves(tree, num_rows))
