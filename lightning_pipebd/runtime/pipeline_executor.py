@@ -12,23 +12,21 @@ rank LOSS makes the first of these gradients, from the outputs of both models. R
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.gradients import GradientReducer
+from lightning_pipebd.runtime.pipeline_state import BlockGraph, StepState, begin_graph, follows_update, gradient_of
 from lightning_pipebd.runtime.relay import Relay, RelayError
 from lightning_pipebd.runtime.row_trees import (
     RowTree,
     join_rows,
     leading_row_leaves,
-    take_rows,
     tree_bytes,
     tree_leaves,
 )
@@ -107,7 +105,7 @@ class PipelineExecutor:
         self._sent_ahead: dict[Stream, RowTree] = {}
         self.current: tuple[PipelineProgram, int] | None = None  # what a failure report points at
         self.num_done = 0
-        self._due: tuple[PipelineProgram, int, _State] | None = None
+        self._due: tuple[PipelineProgram, int, StepState] | None = None
 
     def run(
         self,
@@ -128,12 +126,12 @@ class PipelineExecutor:
             The terms of the loss, on the rank that computes it.
         """
         self._relay.begin_step(step)
-        state = _State(step, program, {**self._sent_ahead, **loaded}, ahead or {})
+        state = StepState(step, program, {**self._sent_ahead, **loaded}, ahead or {})
         # What the teacher made of this batch a step ahead; of another batch it would have to be forgotten.
         state.pieces[(*self._outputs[0], False)] = self._ahead
         self.forget()
         place = 0
-        while place < len(program.actions) and not _follows_update(program.actions[place]):
+        while place < len(program.actions) and not follows_update(program.actions[place]):
             self._act(program, place, state)
             place += 1
         if self._reducer is not None and place < len(program.actions):
@@ -168,7 +166,7 @@ class PipelineExecutor:
             raise RelayError(f"rank {program.rank}, step {step}, before {program.actions[place]}: {error}") from error
         self.current = None
 
-    def _act(self, program: PipelineProgram, place: int, state: _State) -> None:
+    def _act(self, program: PipelineProgram, place: int, state: StepState) -> None:
         action = program.actions[place]
         self.current = (program, place)
         start = time.perf_counter()
@@ -183,7 +181,7 @@ class PipelineExecutor:
             stop = time.perf_counter()
             self.observer(PipelineSpan(action, start, stop, 0 if sent is None else tree_bytes(sent.tree)))
 
-    def _do(self, action: PipelineAction, state: _State) -> RowTree | None:
+    def _do(self, action: PipelineAction, state: StepState) -> RowTree | None:
         """Do an action; give what it sent."""
         kind = action.kind
         if kind is PipelineKind.RECV:
@@ -209,7 +207,7 @@ class PipelineExecutor:
             self._jobs.follow(action.index)
         return None
 
-    def _send(self, action: PipelineAction, state: _State) -> RowTree:
+    def _send(self, action: PipelineAction, state: StepState) -> RowTree:
         if action.stream is Stream.WEIGHTS:
             # Copies: the next optimizer step must not change what is still on its way.
             piece = RowTree(action.rows, [tensor.detach().clone() for tensor in self._jobs.weights(action.index)])
@@ -224,7 +222,7 @@ class PipelineExecutor:
         self._relay.send(state.step, _wire_number(action), piece, action.peer)
         return piece
 
-    def _recv(self, action: PipelineAction, state: _State) -> None:
+    def _recv(self, action: PipelineAction, state: StepState) -> None:
         tree = self._relay.recv(state.step, _wire_number(action), action.rows, action.peer).tree
         if action.stream is Stream.WEIGHTS:
             with torch.no_grad():
@@ -241,24 +239,24 @@ class PipelineExecutor:
                     leaf.requires_grad_()
             state.put(action.stream, action.index, RowTree(action.rows, content), action.is_next)
 
-    def _teach(self, action: PipelineAction, state: _State) -> None:
+    def _teach(self, action: PipelineAction, state: StepState) -> None:
         if action.is_next and state.has_update:
             self._jobs.promote(action.index)
         boundary = state.take(action._replace(stream=Stream.BOUNDARY))
         output = self._jobs.teach(action.index, boundary.tree)
         state.put(Stream.BOUNDARY, action.index + 1, RowTree(action.rows, output), action.is_next)
 
-    def _forward(self, action: PipelineAction, state: _State) -> None:
-        boundary, leaves = _begin_graph(state.take(action._replace(stream=Stream.HIDDEN)).tree)
+    def _forward(self, action: PipelineAction, state: StepState) -> None:
+        boundary, leaves = begin_graph(state.take(action._replace(stream=Stream.HIDDEN)).tree)
         output = self._jobs.forward(action.index, boundary, action.rows)
-        state.graphs[action.index, action.rows] = _Graph(leaves, tree_leaves(output))
+        state.graphs[action.index, action.rows] = BlockGraph(leaves, tree_leaves(output))
         state.put(Stream.HIDDEN, action.index + 1, RowTree(action.rows, output))
 
-    def _loss(self, action: PipelineAction, state: _State) -> None:
+    def _loss(self, action: PipelineAction, state: StepState) -> None:
         (_, num_teacher_blocks), (_, num_student_blocks) = self._outputs
         pieces, beginnings = [], []
         for piece in state.take_all(Stream.HIDDEN, num_student_blocks, action.rows):
-            tree, leaves = _begin_graph(piece.tree)
+            tree, leaves = begin_graph(piece.tree)
             pieces.append(RowTree(piece.rows, tree))
             beginnings.append((piece.rows, leaves))
         student_output = _join(pieces, action.rows)
@@ -269,9 +267,9 @@ class PipelineExecutor:
         for name, value in terms.items():
             state.terms[name] = state.terms[name] + value if name in state.terms else value
         for rows, leaves in beginnings:
-            state.gradients[num_student_blocks, rows] = [_gradient(leaf) for leaf in leaves]
+            state.gradients[num_student_blocks, rows] = [gradient_of(leaf) for leaf in leaves]
 
-    def _backward(self, action: PipelineAction, state: _State) -> None:
+    def _backward(self, action: PipelineAction, state: StepState) -> None:
         key = (action.index, action.rows)
         graph = state.graphs[key]
         graph.take(state.gradients.pop((action.index + 1, action.rows)))
@@ -282,108 +280,7 @@ class PipelineExecutor:
             graph.backward()
             del state.graphs[key]
         if action.index:
-            state.gradients[key] = [_gradient(leaf) for leaf in graph.leaves]
-
-
-class _Graph:
-    """One block's graph for one micro-batch, from the leaves of its input to those of its output."""
-
-    def __init__(self, leaves: list[Any], outputs: list[Any]) -> None:
-        self.leaves = leaves
-        self.outputs = outputs
-        self.gradients: list[Any] = []
-
-    def take(self, gradients: Sequence[Any]) -> None:
-        """Take the gradients of the outputs; what does not depend on anything trained has none."""
-        pairs = [
-            (output, gradient)
-            for output, gradient in zip(self.outputs, gradients, strict=True)
-            if gradient is not None and output.requires_grad
-        ]
-        self.outputs, self.gradients = [output for output, _ in pairs], [gradient for _, gradient in pairs]
-
-    def backward(self) -> None:
-        if self.outputs:
-            torch.autograd.backward(self.outputs, self.gradients)
-
-    def backward_to(self, inputs: Sequence[Tensor], *, keep: bool = False) -> None:
-        """Add up the gradients of these tensors only."""
-        if self.outputs and inputs:
-            torch.autograd.backward(self.outputs, self.gradients, inputs=list(inputs), retain_graph=keep)
-
-
-class _State:
-    """What one rank holds of one step."""
-
-    def __init__(
-        self, step: int, program: PipelineProgram, loaded: dict[Stream, RowTree], ahead: dict[Stream, RowTree]
-    ) -> None:
-        self.step = step
-        self.program = program
-        self.has_update = any(map(_follows_update, program.actions))
-        self.loaded = {(stream, False): piece for stream, piece in loaded.items()}
-        self.loaded |= {(stream, True): piece for stream, piece in ahead.items()}
-        self.received_ahead: dict[Stream, RowTree] = {}
-        self.pieces: defaultdict[tuple[Stream, int, bool], list[RowTree]] = defaultdict(list)
-        self.graphs: dict[tuple[int, Rows], _Graph] = {}
-        self.gradients: dict[tuple[int, Rows], list[Any]] = {}
-        self.terms: dict[str, Tensor] = {}
-
-    def cut_inputs(self, action: PipelineAction) -> tuple[list[Any], list[tuple[int, int]]]:
-        """Give a replica's rows of what was loaded: trees, and which of them each stream is."""
-        pieces = {stream: piece for (stream, is_next), piece in self.loaded.items() if is_next == action.is_next}
-        # The teacher mostly sees what the student sees, which need not travel twice.
-        different = {id(piece.tree): piece for piece in pieces.values()}
-        places = {tree: place for place, tree in enumerate(different)}
-        cut = (take_rows(piece, action.rows) for piece in different.values())
-        trees = [(piece.tree, piece.row_leaves) for piece in cut]
-        return trees, [(int(stream), places[id(piece.tree)]) for stream, piece in pieces.items()]
-
-    def load(self, action: PipelineAction, inputs: tuple[list[Any], list[tuple[int, int]]]) -> None:
-        """Take in what :meth:`cut_inputs` gave on the rank that loads."""
-        for stream, place in inputs[1]:
-            self.loaded[Stream(stream), action.is_next] = piece = RowTree(action.rows, *inputs[0][place])
-            # The teacher is done with its input in this step; the student is yet to see the batch.
-            if action.is_next and stream != Stream.BOUNDARY:
-                self.received_ahead[Stream(stream)] = piece
-
-    def put(self, stream: Stream, index: int, piece: RowTree, is_next: bool = False) -> None:
-        self.pieces[stream, index, is_next].append(piece)
-
-    def take(self, action: PipelineAction) -> RowTree:
-        """Give the piece that an action uses; what was not loaded here is used once and then gone."""
-        whole = self.loaded.get((action.stream, action.is_next)) if action.index == 0 else None
-        if whole is not None:
-            return take_rows(whole, action.rows)
-        pieces = self.pieces[action.stream, action.index, action.is_next]
-        return pieces.pop(next(place for place, piece in enumerate(pieces) if piece.rows == action.rows))
-
-    def take_all(self, stream: Stream, index: int, rows: Rows) -> list[RowTree]:
-        whole = self.loaded.get((stream, False)) if index == 0 else None
-        if whole is not None:
-            return [take_rows(whole, rows)]
-        pieces = self.pieces[stream, index, False]
-        taken = sorted((piece for piece in pieces if rows.contains(piece.rows)), key=lambda piece: piece.rows)
-        self.pieces[stream, index, False] = [piece for piece in pieces if piece not in taken]
-        return taken
-
-
-def _follows_update(action: PipelineAction) -> bool:
-    return action.kind in (PipelineKind.UPDATE, PipelineKind.EMA) or action.stream is Stream.WEIGHTS
-
-
-def _begin_graph(tree: Any) -> tuple[Any, list[Any]]:
-    """Make leaves of a tree's tensors, which want a gradient where the originals do."""
-    if isinstance(tree, Tensor):
-        leaf = tree.detach().requires_grad_(tree.requires_grad)
-        return leaf, [leaf]
-    leaves, form = pytree.tree_flatten(tree)
-    leaves = [leaf.detach().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return pytree.tree_unflatten(leaves, form), leaves
-
-
-def _gradient(leaf: Any) -> Tensor | None:
-    return leaf.grad if isinstance(leaf, Tensor) else None
+            state.gradients[key] = [gradient_of(leaf) for leaf in graph.leaves]
 
 
 def _join(pieces: Sequence[RowTree], rows: Rows) -> Any:
