@@ -97,8 +97,13 @@ def measure_pipeline(
         f"{number} blocks on a batch of {count_rows(batch[0])} rows",
         lambda: _measure(bench, optimizers, machines, batch, first, num_ranks),
     )
-    # Loading is the one thing that no key can name.
-    return replace(measurement, loader=first.loader, looks_ahead=looks_ahead)
+    # Loading is what no key can name; and what was kept may be older than what is possible now.
+    return replace(
+        measurement,
+        loader=first.loader,
+        looks_ahead=looks_ahead,
+        one_replica_reason=one_replica_reason(bench.module),
+    )
 
 
 class _Findings(NamedTuple):
@@ -166,10 +171,9 @@ def _measure_own(
 
 def one_replica_reason(module: TeacherStudentModule) -> str:
     """Say why there must be one replica that has all rows of a batch; nothing if there may be more."""
-    if module.full_batch_loss:
-        return "its loss needs the full batch (`full_batch_loss`)"
-    if type(module).on_teacher_update is not TeacherStudentModule.on_teacher_update:
-        return "it overrides `on_teacher_update`, which would know of one replica's rows only"
+    has_hook = type(module).on_teacher_update is not TeacherStudentModule.on_teacher_update
+    if has_hook and not module.full_batch_loss:
+        return "it overrides `on_teacher_update`, which knows of all rows with `full_batch_loss=True` only"
     for name, layer in module.named_modules():
         if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse and layer.weight.requires_grad:
             return f"`{name}` has sparse gradients, which ranks cannot sum"

@@ -207,6 +207,7 @@ class PipelineOptions:
             schedule=self._schedule,
             looks_ahead=self.looks_ahead(module),
             coupled_blocks=coupled_blocks(module),
+            is_full_batch=module.full_batch_loss,
         )
 
 
@@ -260,15 +261,21 @@ def even_plan(module: TeacherStudentModule, num_ranks: int) -> PipelinePlan:
 
 
 @cache
-def pipeline_edges(plan: PipelinePlan, *, has_momentum: bool) -> tuple[tuple[int, int], ...]:
+def pipeline_edges(plan: PipelinePlan, *, has_momentum: bool, is_full_batch: bool) -> tuple[tuple[int, int], ...]:
     """Give the pairs (sender, receiver) that a plan's programs use for any batch.
 
     Example:
-        >>> pipeline_edges(PipelinePlan.parse("0|1"), has_momentum=False)
+        >>> pipeline_edges(PipelinePlan.parse("0|1"), has_momentum=False, is_full_batch=False)
         ((0, 1), (1, 0))
     """
     rows = plan.replicas
-    step = PipelineStep(num_rows=rows, num_next_rows=rows, has_targets=True, has_momentum=has_momentum)
+    step = PipelineStep(
+        num_rows=rows,
+        num_next_rows=rows,
+        is_full_batch=is_full_batch,
+        has_targets=True,
+        has_momentum=has_momentum,
+    )
     return tuple(
         sorted(
             {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.transport import Transport
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
-__all__ = ["Replica", "check_replicas", "sharing_groups"]
+__all__ = ["Replica", "check_replicas", "sharing_groups", "unchanged_blocks"]
 
 
 class Replica:
@@ -48,6 +49,36 @@ class Replica:
             of_blocks = {id(own) for block in range(last + 1) for own in module.student_parameters(block)}
             parameters[last] += [own for own in module.trainable_parameters() if id(own) not in of_blocks]
         return GradientReducer(self._transport, parameters)
+
+
+@contextmanager
+def unchanged_blocks(plan: PipelinePlan, module: TeacherStudentModule) -> Iterator[None]:
+    """Have `on_teacher_update`, which runs inside on one rank, leave the blocks alone that other replicas have, too.
+
+    Raises:
+        RuntimeError: A parameter or buffer of a block was changed.
+    """
+    if plan.replicas == 1 or type(module).on_teacher_update is TeacherStudentModule.on_teacher_update:
+        yield
+        return
+    blocks = [
+        (f"{model} block {block}", tensors_of(block))
+        for model, tensors_of, number in (
+            ("student", module.student_tensors, module.num_student_blocks),
+            ("teacher", module.teacher_tensors, module.num_teacher_blocks),
+        )
+        for block in range(number)
+    ]
+    before = [[tensor._version for tensor in tensors] for _, tensors in blocks]
+    yield
+    for (name, tensors), versions in zip(blocks, before, strict=True):
+        if [tensor._version for tensor in tensors] != versions:
+            msg = (
+                f"`on_teacher_update` must leave the blocks of both models alone where a plan has replicas, but has "
+                f"changed {name}: the other replicas' would differ from it. Change buffers of the module only, or let "
+                "one pipeline have all ranks."
+            )
+            raise RuntimeError(msg)
 
 
 def sharing_groups(plan: PipelinePlan) -> list[tuple[int, ...]]:

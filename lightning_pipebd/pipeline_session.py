@@ -25,7 +25,7 @@ from lightning_pipebd.pipeline_data import AheadHeaderLoader, AheadLoader, Annou
 from lightning_pipebd.pipeline_jobs import PipelineBlockJobs
 from lightning_pipebd.pipeline_measuring import student_modules
 from lightning_pipebd.pipeline_options import PipelineOptions, pipeline_edges
-from lightning_pipebd.pipeline_replicas import Replica
+from lightning_pipebd.pipeline_replicas import Replica, unchanged_blocks
 from lightning_pipebd.pipeline_step_report import PipelineStepReport
 from lightning_pipebd.placement import PipelinePlacement
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
@@ -104,8 +104,9 @@ class PipelineSession(FitSession):
             sharing_logs: Context in which logged values are exchanged.
             assemble_student: Gives every rank the present weights of all blocks.
         """
-        edges = pipeline_edges(self._plan, has_momentum=self._module.momentum is not None)
-        losses = set(self._plan.sharing_ranks(self._plan.loss_rank))
+        is_full_batch = self._module.full_batch_loss
+        edges = pipeline_edges(self._plan, has_momentum=self._module.momentum is not None, is_full_batch=is_full_batch)
+        losses = self._plan.loss_ranks(is_full_batch=is_full_batch)
         self._connect(trainer, edges, self._plan.loading_rank, losses, sharing_logs, assemble_student)
         self._life.enter_context(
             step_scale(self._strategy.precision_plugin, self._strategy.root_device, self._transport)
@@ -292,4 +293,5 @@ class PipelineSession(FitSession):
             self._jobs.rate = self._module.teacher_momentum(self._module.num_teacher_updates)
         self._executor.finish()
         if self._rank == self._plan.loss_rank:
-            self._module.on_teacher_update()
+            with unchanged_blocks(self._plan, self._module):
+                self._module.on_teacher_update()

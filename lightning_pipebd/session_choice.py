@@ -115,7 +115,9 @@ class SessionChoice(NamedTuple):
         keep_freed_memory(strategy.root_device)
         if isinstance(module, TeacherStudentModule):
             way = find_pipeline_of_fit(strategy, request.finder, request.options, trainer, module, transport)
-            edges = pipeline_edges(way.plan, has_momentum=module.momentum is not None)
+            edges = pipeline_edges(
+                way.plan, has_momentum=module.momentum is not None, is_full_batch=module.full_batch_loss
+            )
             transport.connect(edges, sharing_groups(way.plan))
             pipeline = PipelineSession(
                 module,

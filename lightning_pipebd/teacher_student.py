@@ -149,7 +149,8 @@ class TeacherStudentModule(ModelCutsModule):
         A step that is skipped (``on_nonfinite``) is none.
 
         Under a plan this runs on the rank that computes the loss. What ``loss`` keeps in the module's own buffers is
-        there, and comes into checkpoints. Plans with replicas are refused: there each loss sees its rows only.
+        there, and comes into checkpoints. Plans with replicas are refused, unless ``full_batch_loss`` has one rank
+        compute the loss of all rows; the blocks of both models must then be left as they are.
         """
 
     # What a strategy calls, and `training_step` below.

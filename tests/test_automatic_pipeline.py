@@ -82,7 +82,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_pipebd.pipeline_measuring.measure_loop", lambda: 0.0)
 
 
-@pytest.mark.parametrize("name", ["byol", "convolutional", "contrast"])
+@pytest.mark.parametrize("name", ["byol", "convolutional", "contrast", "crowd"])
 def test_measuring_changes_nothing_and_knows_every_block(name: str) -> None:
     module = WHOLE_STUDENTS[name]()
     before = {key: value.clone() for key, value in module.state_dict().items()}
@@ -90,7 +90,8 @@ def test_measuring_changes_nothing_and_knows_every_block(name: str) -> None:
     assert (len(measured.teacher), len(measured.student)) == (module.num_teacher_blocks, module.num_student_blocks)
     assert measured.num_rows == 8
     assert measured.has_momentum
-    assert measured.is_full_batch == (name == "contrast")
+    assert measured.is_full_batch == (name in ("contrast", "crowd"))
+    assert bool(measured.one_replica_reason) == (name == "byol")
     assert bool(measured.coupled_blocks) == (name == "convolutional")
     assert all(block.parameter_bytes for block in measured.student[:2])
     assert {key: value.tolist() for key, value in module.state_dict().items()} == {
@@ -112,6 +113,18 @@ def test_sizes_are_those_of_the_tensors() -> None:
     assert measured.student[0].optimizer_bytes >= 2 * measured.student[0].gradient_bytes
     assert measured.teacher[0].output_bytes_per_row == 10 * 4
     assert measured.whole_reason == ""
+
+
+def test_whether_there_may_be_replicas_is_asked_anew_though_the_costs_were_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = MeasurementCache(tmp_path / "cache")
+    with monkeypatch.context() as earlier:
+        earlier.setattr("lightning_pipebd.pipeline_measuring.one_replica_reason", lambda _: "it was not possible")
+        first = measure(WHOLE_STUDENTS["crowd"](), cache=cache)
+    again = measure(WHOLE_STUDENTS["crowd"](), cache=cache)
+    assert (first.may_replicate, again.may_replicate) == (False, True)
+    assert again.loss_ms == first.loss_ms
 
 
 def test_a_loss_that_is_no_mean_over_rows_keeps_batches_whole() -> None:

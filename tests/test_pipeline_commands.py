@@ -81,6 +81,18 @@ def test_replicas_are_simulated_unless_all_rows_must_be_on_one_rank(
     assert "must have one replica, because the test says so, but 2 x 0-3 has 2" in capsys.readouterr().err
 
 
+def test_replicas_of_a_loss_of_the_full_batch_are_simulated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_measurement(replace(COSTS, is_full_batch=True), tmp_path / "full.yaml")
+    arguments = ["simulate", "--costs", str(tmp_path / "full.yaml"), "--devices", "2", "--plan", "2 x 0-3"]
+    quick, slow = (
+        run_json(capsys, *arguments, "--link-bytes-per-ms", speed)["step_time_ms"] for speed in ("1e9", "1e3")
+    )
+    # At the last block a row has 1000 bytes: those of four rows go to the loss, and their gradients come back.
+    assert slow - quick == pytest.approx(8, abs=1e-3)
+    assert main(arguments) == 0
+    assert "rank 0 has the loss of all rows" in capsys.readouterr().out
+
+
 def test_links_and_rows_that_one_does_not_have(costs: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["simulate", "--costs", costs, "--devices", "2", "--plan", "0-1|2-3", "--num-micro-batches", "2"]
     plain = run_json(capsys, *arguments)["step_time_ms"]

@@ -13,14 +13,14 @@ from torch import nn
 
 from lightning_pipebd import PipeBDStrategy, PipelinePlan, Plan, PlanError, TeacherStudentModule
 from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers, even_plan
-from lightning_pipebd.pipeline_replicas import Replica
+from lightning_pipebd.pipeline_replicas import Replica, check_replicas, unchanged_blocks
 from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement, StudentBlockCosts, TeacherBlockCosts
 from lightning_pipebd.planning.pipeline_program import PipelineProgram
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from tests.helpers.ranks import run_threads
 from tests.helpers.toy import LinearModule, make_loader
-from tests.helpers.whole_students import Byol, Contrast, Convolutional, Distil
+from tests.helpers.whole_students import Byol, Contrast, Convolutional, Crowd, Distil
 
 # What Lightning says of every module that is in eval() when training begins; a momentum teacher is, on purpose.
 pytestmark = pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")
@@ -71,12 +71,6 @@ class Manual(Distil):
         (Distil, {"plan": Plan.straight([1, 2])}, {}, "must be a PipelinePlan, its text or its dictionary"),
         (Distil, {"plan": "none.yaml"}, {}, "must name a readable YAML file"),
         (Distil, {"plan": "2 x 0|1-2 / 0|1-3"}, {}, "must be for the 2 ranks of this run, but is for 4"),
-        (
-            Contrast,
-            {"plan": "2 x 0-3"},
-            {},
-            "must have one replica for Contrast, because its loss needs the full batch",
-        ),
         (Byol, {"plan": "2 x 0-3"}, {}, "must have one replica for Byol, because it overrides `on_teacher_update`"),
         (Words, {"plan": "2 x 0-1"}, {}, "because `student.0` has sparse gradients, which ranks cannot sum"),
         (
@@ -155,6 +149,36 @@ def test_replicas_of_batch_norm_warn_and_say_so_and_one_rank_alone_cuts_nothing(
     assert "plan: 2 x 0-2 (2 ranks, 2 replicas, a part of each batch each, 1f1b)" in text
     assert "ranks 0, 1: teacher 0-2, student 0-2, loss" in text
     assert PipelineOptions().micro_batches(Distil(), 1) == 1
+
+
+def test_a_hook_after_the_teachers_step_leaves_the_blocks_of_replicas_alone() -> None:
+    class Tied(Crowd):
+        changes_student = False
+
+        def on_teacher_update(self) -> None:
+            if self.changes_student:
+                self.student[3].bias.detach().zero_()
+
+    module, plan = Tied(), PipelinePlan.parse("2 x 0-3")
+    with unchanged_blocks(plan, module):
+        module.on_teacher_update()
+    module.changes_student = True
+    with unchanged_blocks(PipelinePlan.parse("0-1|2-3"), module):
+        module.on_teacher_update()
+    with (
+        pytest.raises(RuntimeError, match=r"must leave the blocks of both models alone .* changed student block 3"),
+        unchanged_blocks(plan, module),
+    ):
+        module.on_teacher_update()
+
+
+def test_a_loss_of_the_full_batch_may_have_replicas_and_says_where_it_is() -> None:
+    plan, module = PipelinePlan.parse("2 x 0|1-3"), Crowd()
+    check_replicas(plan, module)
+    text = PipelineOptions().explain(plan, module)
+    assert "replicas: rank 0 loads for all, rank 1 has the loss of all rows, gradients are summed" in text
+    assert plan.loss_ranks(is_full_batch=True) == (1,)
+    assert plan.loss_ranks(is_full_batch=False) == (1, 3)
 
 
 def test_what_belongs_to_the_loss_is_summed_with_the_last_block() -> None:

@@ -36,6 +36,7 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
     [
         pytest.param("distil", "2 x 0-1|2 / 0-1|2-3", 4, {"num_micro_batches": 2}, id="frozen-pipelines"),
         pytest.param("bootstrap", "3 x 0-3", 3, {}, id="delayed-views-plain-data-parallelism"),
+        pytest.param("crowd", "3 x 0-3", 3, {}, id="full-batch-loss-with-random-numbers-and-buffers"),
     ],
 )
 def test_the_checkpoint_and_what_is_logged_are_those_of_one_process(
@@ -80,6 +81,19 @@ def test_a_run_goes_on_with_another_number_of_replicas_in_the_middle_of_an_epoch
         assert max_difference(ours["state_dict"], expected["state_dict"]) <= 1e-12
         assert max_difference(ours["optimizer_states"], expected["optimizer_states"]) <= 1e-12
         assert ours["global_step"] == 9
+
+
+def test_a_run_with_a_loss_of_the_full_batch_goes_on_in_one_pipeline_and_in_replicas_again(tmp_path: Path) -> None:
+    run = WholeRun(module="crowd-delayed", num_rows=23, trainer={"max_epochs": 3, "gradient_clip_val": 0.05})
+    expected, _ = train_whole(run, tmp_path / "one.ckpt")
+    paths = [str(tmp_path / name) for name in ("first.ckpt", "second.ckpt")]
+    for way in (
+        {"plan": "2 x 0-3", "save_at": (4, paths[0])},
+        {"plan": "0-1|2-3", "resume": paths[0], "save_at": (7, paths[1])},
+        {"plan": "2 x 0-3", "resume": paths[1]},
+    ):
+        ours, _ = train_whole(replace(run, num_ranks=2, **way), tmp_path / "ours.ckpt")
+        assert_close(ours, expected)
 
 
 def test_running_statistics_are_those_of_all_rows_and_a_bad_step_is_skipped_by_all(tmp_path: Path) -> None:

@@ -89,8 +89,7 @@ def compile_pipeline(
         One program per rank, index = rank. The same arguments give the same object, from a cache.
 
     Raises:
-        PlanError: A momentum teacher has other blocks than the student; there are replicas, and the loss needs the full
-            batch.
+        PlanError: A momentum teacher has other blocks than the student.
 
     Example:
         >>> first, second = compile_pipeline(PipelinePlan.parse("0|1"), PipelineStep(num_rows=4))
@@ -150,6 +149,7 @@ class _Writer:
         self.step = step
         self.rank = rank
         self.rows = micro_batches(step.num_rows, step.num_micro_batches)
+        self.loss_rows = (Rows(0, step.num_rows),) if step.is_full_batch else self.rows
         self.next_rows = micro_batches(step.num_next_rows, step.num_micro_batches) if step.num_next_rows else ()
         self.actions: list[PipelineAction] = []
         self.has_loss = False
@@ -180,7 +180,7 @@ class _Writer:
             return
         self._add(PipelineKind.LOAD, 0, Rows(0, self.step.num_rows))
         if self.step.has_targets and self.plan.loss_rank != self.rank:
-            for rows in self.rows:
+            for rows in self.loss_rows:
                 self._move(PipelineKind.SEND, Stream.TARGETS, 0, rows, self.plan.loss_rank)
         if self.plan.teacher[0] != self.rank and self.step.teaches_own:
             for rows in self.rows:
@@ -236,12 +236,14 @@ class _Writer:
         if self.step.is_full_batch and self.has_loss:
             return
         self.has_loss = True
-        for part in self.rows if self.step.is_full_batch else (rows,):
-            if self.step.teaches_own and self.plan.teacher[-1] != self.rank:
-                self._move(PipelineKind.RECV, Stream.BOUNDARY, len(self.plan.teacher), part, self.plan.teacher[-1])
-            if self.step.has_targets and self.plan.loading_rank != self.rank:
-                self._move(PipelineKind.RECV, Stream.TARGETS, 0, part, self.plan.loading_rank)
-        self._add(PipelineKind.LOSS, 0, Rows(0, self.step.num_rows) if self.step.is_full_batch else rows)
+        parts, taught_by = (self.rows if self.step.is_full_batch else (rows,)), self.plan.teacher[-1]
+        if self.step.teaches_own and taught_by != self.rank:
+            for part in parts:
+                self._move(PipelineKind.RECV, Stream.BOUNDARY, len(self.plan.teacher), part, taught_by)
+        of_loss = self.loss_rows[0] if self.step.is_full_batch else rows
+        if self.step.has_targets and self.plan.loading_rank != self.rank:
+            self._move(PipelineKind.RECV, Stream.TARGETS, 0, of_loss, self.plan.loading_rank)
+        self._add(PipelineKind.LOSS, 0, of_loss)
 
     def _update(self) -> None:
         student, teacher = self.plan.student, self.plan.teacher

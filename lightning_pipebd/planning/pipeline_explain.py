@@ -78,6 +78,7 @@ def explain_pipeline(
     schedule: Schedule,
     looks_ahead: bool,
     coupled_blocks: Sequence[int] = (),
+    is_full_batch: bool = False,
 ) -> str:
     """Describe a plan for people.
 
@@ -87,6 +88,7 @@ def explain_pipeline(
         schedule: Order of the work.
         looks_ahead: Whether the teacher works on the next batch in the gaps.
         coupled_blocks: Student blocks whose result depends on how a batch is cut.
+        is_full_batch: Whether the loss needs the whole batch.
 
     Example:
         >>> plan = PipelinePlan.parse("0|1")
@@ -106,7 +108,7 @@ def explain_pipeline(
         [
             f"plan: {plan} ({plan.num_ranks} ranks, {number}, {schedule})",
             *(f"{_name(plan, rank)}: {_duties(plan, rank)}" for rank in range(plan.ranks_per_replica)),
-            *_sums(plan),
+            *_sums(plan, is_full_batch=is_full_batch),
             f"teacher: works on {ahead}",
             f"exactness: {describe_exactness(num_micro_batches, coupled_blocks, replicas=plan.replicas)}",
         ]
@@ -118,10 +120,11 @@ def _name(plan: PipelinePlan, rank: int) -> str:
     return f"rank {rank}" if plan.replicas == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def _sums(plan: PipelinePlan) -> list[str]:
+def _sums(plan: PipelinePlan, *, is_full_batch: bool) -> list[str]:
     if plan.replicas == 1:
         return []
-    return [f"replicas: rank {plan.loading_rank} loads for all, gradients are summed before updates"]
+    loss = f"rank {plan.loss_rank} has the loss of all rows, " if is_full_batch else ""
+    return [f"replicas: rank {plan.loading_rank} loads for all, {loss}gradients are summed before updates"]
 
 
 def _duties(plan: PipelinePlan, rank: int) -> str:

@@ -63,7 +63,10 @@ def _check_work(plan: PipelinePlan, programs: Sequence[PipelineProgram], step: P
     for replica in range(plan.replicas):
         own, following = plan.rows(replica, step.num_rows), plan.rows(replica, step.num_next_rows)
         first = replica * plan.ranks_per_replica
-        wanted[replica, ("LOSS", 0, False)] = (first + plan.loss_rank, own)
+        if not (step.is_full_batch and replica):
+            # Of a loss of the full batch there is one, in one piece, for all replicas.
+            rows = Rows(0, step.num_rows) if step.is_full_batch else own
+            wanted[replica, ("LOSS", 0, False)] = (first + plan.loss_rank, rows)
         for kind in (PipelineKind.FORWARD, *backward):
             for block, rank in enumerate(plan.student):
                 wanted[replica, (kind.value, block, False)] = (first + rank, own)
@@ -88,7 +91,12 @@ def _check_work(plan: PipelinePlan, programs: Sequence[PipelineProgram], step: P
             done.setdefault(thing, []).append(action.rows)
     for thing, (rank, rows) in wanted.items():
         parts = done.get(thing, [])
-        if sum(part.num_rows for part in parts) != rows.num_rows or any(part != rows for part in merge_rows(parts)):
+        is_cut = step.is_full_batch and thing[1][0] == "LOSS" and len(parts) > 1
+        if (
+            is_cut
+            or sum(part.num_rows for part in parts) != rows.num_rows
+            or any(part != rows for part in merge_rows(parts))
+        ):
             found = f"{thing[1][0]} of block {thing[1][1]} has rows {', '.join(map(str, parts)) or 'none'} of {rows}"
             raise LawError("each micro-batch once", rank, None, None, found)
 
@@ -122,8 +130,9 @@ def _message(rank: int, action: PipelineAction) -> tuple[object, ...]:
 def _check_inputs(plan: PipelinePlan, program: PipelineProgram, step: PipelineStep) -> None:
     present: dict[_Thing, list[Rows]] = {}
     replica, rank = plan.place(program.rank)
-    if rank == plan.loss_rank and not step.teaches_own:
-        present[_thing(Stream.BOUNDARY, len(plan.teacher))] = [plan.rows(replica, step.num_rows)]
+    if rank == plan.loss_rank and not step.teaches_own and not (step.is_full_batch and replica):
+        rows = Rows(0, step.num_rows) if step.is_full_batch else plan.rows(replica, step.num_rows)
+        present[_thing(Stream.BOUNDARY, len(plan.teacher))] = [rows]
     if replica and rank == plan.loading_rank and not step.teaches_own:
         # They came with what the teacher saw of this batch, a step ahead.
         present |= {

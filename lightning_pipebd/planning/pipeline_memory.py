@@ -100,15 +100,18 @@ class _Walk:
         self.sizes = sizes
         self.replica, self.rank = plan.place(program.rank)
         self.loads = self.rank == plan.loading_rank
+        self.is_shared = costs.is_full_batch and plan.replicas > 1
+        self.has_loss = program.rank in plan.loss_ranks(is_full_batch=costs.is_full_batch)
         is_split = any(action.kind is PipelineKind.BACKWARD_WEIGHT for action in program.actions)
         self.last = PipelineKind.BACKWARD_WEIGHT if is_split else PipelineKind.BACKWARD
 
     def peak(self) -> int:
         alive = 0
         num_rows = self.plan.rows(self.replica, self.program.num_rows).num_rows if self.program.num_next_rows else 0
-        if self.rank == self.plan.loss_rank:
-            # What was taught a step ahead.
-            alive = self.sizes[Stream.BOUNDARY][-1] * num_rows
+        if self.has_loss:
+            # What was taught a step ahead, perhaps in all replicas.
+            num_taught = self.program.num_rows if self.is_shared and num_rows else num_rows
+            alive = self.sizes[Stream.BOUNDARY][-1] * num_taught
         if self.replica and self.loads:
             # What was sent a step ahead.
             alive += sum(self.sizes[stream][0] for stream in (Stream.HIDDEN, Stream.TARGETS)) * num_rows
@@ -136,8 +139,7 @@ class _Walk:
             block = self.costs.student[index]
             return block.held_bytes_per_row * rows, block.work_bytes_per_row * rows, 0
         if kind is PipelineKind.LOSS:
-            gone = self.sizes[Stream.BOUNDARY][-1] + (0 if self.loads else self.costs.target_bytes_per_row)
-            return self.sizes[Stream.GRADIENT][-1] * rows, 0, gone * rows
+            return self._loss(rows)
         if kind in (PipelineKind.BACKWARD, PipelineKind.BACKWARD_INPUT, PipelineKind.BACKWARD_WEIGHT):
             return self._backward(kind, index, rows)
         return 0, 0, 0
@@ -147,6 +149,15 @@ class _Walk:
         is_loaded = index == 0 and self.loads
         gone = 0 if is_loaded else self.sizes[Stream.BOUNDARY][index]
         return block.output_bytes_per_row * rows, block.teach_bytes_per_row * rows, gone * rows
+
+    def _loss(self, rows: int) -> tuple[int, int, int]:
+        hidden, taught = self.sizes[Stream.HIDDEN][-1], self.sizes[Stream.BOUNDARY][-1]
+        gone = (taught + (0 if self.loads else self.costs.target_bytes_per_row)) * rows
+        if not self.is_shared:
+            return hidden * rows, 0, gone
+        # The parts of all replicas are joined; those that came from others are not needed any more.
+        num_received = rows - self.plan.rows(self.replica, self.program.num_rows).num_rows
+        return hidden * rows, (hidden + taught) * rows, gone + hidden * num_received
 
     def _backward(self, kind: PipelineKind, index: int, rows: int) -> tuple[int, int, int]:
         block, hidden = self.costs.student[index], self.sizes[Stream.HIDDEN]

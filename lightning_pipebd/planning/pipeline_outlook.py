@@ -191,6 +191,7 @@ class PipelineOutlook:
             schedule=self.candidate.schedule,
             looks_ahead=self.measurement.looks_ahead and self.candidate.schedule is not Schedule.TEACHER_FIRST,
             coupled_blocks=self.measurement.coupled_blocks,
+            is_full_batch=self.measurement.is_full_batch,
         )
         return "\n".join([*self._block_lines(), "", *self._prediction_lines(), "", explained])
 

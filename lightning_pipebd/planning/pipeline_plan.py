@@ -175,6 +175,10 @@ class PipelinePlan:
         """Give the ranks that have the same blocks as a rank of a replica."""
         return tuple(replica * self.ranks_per_replica + rank for replica in range(self.replicas))
 
+    def loss_ranks(self, *, is_full_batch: bool) -> tuple[int, ...]:
+        """Give the ranks that compute a loss: one in each replica, or one for the rows of all."""
+        return (self.loss_rank,) if is_full_batch else self.sharing_ranks(self.loss_rank)
+
     def rows(self, replica: int, num_rows: int) -> Rows:
         """Give a replica's rows of a batch; the first has a row of every batch.
 

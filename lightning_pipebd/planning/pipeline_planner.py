@@ -244,7 +244,7 @@ class _Planner:
             teach_ms=part(costs.teach_ms),
             forward_ms=part(costs.forward_ms),
             backward_ms=part(costs.backward_ms),
-            loss_ms=costs.loss_ms / self.replicas,
+            loss_ms=costs.loss_ms / (1 if self.judge.measurement.is_full_batch else self.replicas),
         )
 
     def _room(self) -> tuple[float | None, ...]:
@@ -266,10 +266,11 @@ class _Planner:
 
     def _different(self, number: int) -> list[Schedule]:
         """Give the schedules that differ: with one micro-batch, gpipe is 1f1b."""
-        if self.replicas == self.judge.cluster.num_ranks > 1:
+        is_full_batch = self.judge.measurement.is_full_batch
+        if self.replicas == self.judge.cluster.num_ranks > 1 and not is_full_batch:
             # Ranks that are alone wait for nobody.
             return list(self.schedules[:1])
-        is_same = number == 1 or self.judge.measurement.is_full_batch
+        is_same = number == 1 or is_full_batch
         others: list[Schedule] = [schedule for schedule in self.schedules if schedule is not Schedule.GPIPE]
         return others if is_same and others else list(self.schedules)
 

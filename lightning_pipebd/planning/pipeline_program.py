@@ -126,6 +126,11 @@ class PipelineAction(NamedTuple):
             words.append(("ranks", ",".join(map(str, self.ranks))))
         return [*words, ("batch", "next")] if self.is_next else words
 
+    @property
+    def follows_update(self) -> bool:
+        """Whether this belongs to the optimizer step or comes after it."""
+        return self.kind in (PipelineKind.UPDATE, PipelineKind.EMA) or self.stream is Stream.WEIGHTS
+
     @classmethod
     def parse(cls, text: str) -> PipelineAction:
         """Read back what `str` gave.

@@ -4,6 +4,8 @@ One rank loads for all replicas, so that whatever is drawn at random while loadi
 each replica its rows, a step ahead where the teacher works ahead. Before a block is updated, its gradients are summed
 over the ranks that have it. All ranks begin these sums in one order, last block first, each as soon as its gradients
 are there.
+
+A loss of the full batch is computed on one rank for all replicas.
 """
 
 from __future__ import annotations
@@ -12,16 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from lightning_pipebd.planning.pipeline_joined_loss import join_losses
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
-from lightning_pipebd.planning.plan import PlanError, Rows
+from lightning_pipebd.planning.plan import Rows
 
 if TYPE_CHECKING:
     from lightning_pipebd.planning.pipeline_compiler import PipelineStep
 
 __all__ = ["write_replicas"]
-
-_AFTER = {PipelineKind.UPDATE, PipelineKind.EMA}
 
 
 def write_replicas(
@@ -33,18 +34,18 @@ def write_replicas(
         plan: Has replicas.
         step: What to do with the whole batch.
         compile_one: Compiles a step of one replica by itself.
-
-    Raises:
-        PlanError: The loss needs the whole batch.
     """
+    written = [own for number in range(plan.replicas) for own in _Replica(plan, step, number).write(compile_one)]
     if step.is_full_batch:
-        raise PlanError(
-            f"`plan` must have one replica for a loss of the full batch, but {plan} has {plan.replicas}: each would "
-            "see its own rows only. Leave them out, and let one pipeline have all ranks."
-        )
-    return tuple(
-        program for replica in range(plan.replicas) for program in _Replica(plan, step, replica).write(compile_one)
-    )
+        written = join_losses(plan, written, step.num_rows)
+    programs = []
+    for rank, actions in enumerate(written):
+        place = plan.place(rank)[1]
+        blocks = [block for block, owner in enumerate(plan.student) if owner == place]
+        if step.update and blocks:
+            actions = _with_sums(actions, blocks, plan.sharing_ranks(place))
+        programs.append(PipelineProgram(rank, step.num_rows, step.num_next_rows, tuple(actions)))
+    return tuple(programs)
 
 
 class _Replica:
@@ -57,22 +58,18 @@ class _Replica:
         self.first_rank = number * plan.ranks_per_replica
         self.own, self.following = plan.rows(number, step.num_rows), plan.rows(number, step.num_next_rows)
 
-    def write(self, compile_one: Callable[[PipelineStep], Sequence[PipelineProgram]]) -> Iterator[PipelineProgram]:
+    def write(self, compile_one: Callable[[PipelineStep], Sequence[PipelineProgram]]) -> Iterator[list[PipelineAction]]:
+        """Give every rank's actions, but for the sums."""
         # A short batch may leave a replica without rows: of a step with a row, what is not about that row remains.
         num_rows = max(self.own.num_rows, 1)
         programs = compile_one(replace(self.step, num_rows=num_rows, num_next_rows=self.following.num_rows))
-        for rank, program in enumerate(programs):
+        for program in programs:
             actions = [moved for action in program.actions for moved in self._moved(action)]
-            if self.number:
-                actions = _with_late_inputs(actions)
-            blocks = [block for block, owner in enumerate(self.plan.student) if owner == rank]
-            if self.step.update and blocks:
-                actions = _with_sums(actions, blocks, self.plan.sharing_ranks(rank))
-            yield PipelineProgram(self.first_rank + rank, self.step.num_rows, self.step.num_next_rows, tuple(actions))
+            yield _with_late_inputs(actions) if self.number else actions
 
     def _moved(self, action: PipelineAction) -> Iterator[PipelineAction]:
         """Give an action of the replica by itself its place among all ranks and rows."""
-        if action.kind in _AFTER or action.stream is Stream.WEIGHTS:
+        if action.follows_update:
             yield action if action.peer < 0 else action._replace(peer=self.first_rank + action.peer)
             return
         rows = self.following if action.is_next else self.own

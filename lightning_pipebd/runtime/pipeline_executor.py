@@ -6,7 +6,8 @@ The life of one micro-batch in one stage of the student::
     RECV gradient --> BACKWARD --> SEND gradient     graphs end; gradients of the weights add up
 
 Blocks are graphs of their own: what enters one is a leaf, whose gradient is what the block before it gets. On the last
-rank LOSS makes the first of these gradients, from the outputs of both models. Replicas sum the gradients of weights.
+rank LOSS makes the first of these gradients, from the outputs of both models. Replicas sum the gradients of weights; a
+loss of the full batch is computed on one rank, which gets the outputs of all replicas and sends the gradients back.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.gradients import GradientReducer
-from lightning_pipebd.runtime.pipeline_state import BlockGraph, StepState, begin_graph, follows_update, gradient_of
+from lightning_pipebd.runtime.pipeline_state import BlockGraph, StepState, begin_graph, gradient_of
 from lightning_pipebd.runtime.relay import Relay, RelayError
 from lightning_pipebd.runtime.row_trees import (
     RowTree,
@@ -131,7 +132,7 @@ class PipelineExecutor:
         state.pieces[(*self._outputs[0], False)] = self._ahead
         self.forget()
         place = 0
-        while place < len(program.actions) and not follows_update(program.actions[place]):
+        while place < len(program.actions) and not program.actions[place].follows_update:
             self._act(program, place, state)
             place += 1
         if self._reducer is not None and place < len(program.actions):
@@ -259,10 +260,11 @@ class PipelineExecutor:
             tree, leaves = begin_graph(piece.tree)
             pieces.append(RowTree(piece.rows, tree))
             beginnings.append((piece.rows, leaves))
-        student_output = _join(pieces, action.rows)
-        teacher_output = _join(state.take_all(Stream.BOUNDARY, num_teacher_blocks, action.rows), action.rows)
+        student_output = _join(pieces, action.rows, "the student's output")
+        taught = state.take_all(Stream.BOUNDARY, num_teacher_blocks, action.rows)
+        teacher_output = _join(taught, action.rows, "the teacher's output")
         targets = state.take_all(Stream.TARGETS, 0, action.rows)
-        labels = _join(targets, action.rows) if targets else None
+        labels = _join(targets, action.rows, "targets") if targets else None
         terms = self._jobs.loss(student_output, teacher_output, labels, action.rows, state.program.num_rows)
         for name, value in terms.items():
             state.terms[name] = state.terms[name] + value if name in state.terms else value
@@ -283,13 +285,33 @@ class PipelineExecutor:
             state.gradients[key] = [gradient_of(leaf) for leaf in graph.leaves]
 
 
-def _join(pieces: Sequence[RowTree], rows: Rows) -> Any:
-    """Join micro-batches; tensors whose first dimension is the rows are joined, others are the first one's."""
-    if len(pieces) > 1:
-        pieces = [
-            RowTree(piece.rows, piece.tree, leading_row_leaves(piece.tree, piece.rows.num_rows)) for piece in pieces
-        ]
-    return join_rows(pieces, rows).tree
+def _join(pieces: Sequence[RowTree], rows: Rows, subject: str) -> Any:
+    """Join parts of a batch: tensors whose first dimension is the rows are joined, others must be alike in all parts.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if len(pieces) <= 1:
+        return join_rows(pieces, rows).tree
+    leaves = [tree_leaves(piece.tree) for piece in pieces]
+    flags = [leading_row_leaves(piece.tree, piece.rows.num_rows) for piece in pieces]
+    row_leaves = tuple(map(all, zip(*flags, strict=True)))
+    for place, is_rows in enumerate(row_leaves):
+        if not is_rows and not all(_are_alike(leaves[0][place], own[place]) for own in leaves[1:]):
+            msg = (
+                f"`{subject}` must have the rows of the batch in the first dimension of every tensor, or the same for "
+                f"all rows, because `loss` needs them together, but tensor {place} is neither for rows "
+                f"{', '.join(str(piece.rows) for piece in pieces)}. Put the rows first, or leave batches whole: one "
+                "replica, `num_micro_batches=1`."
+            )
+            raise ValueError(msg)
+    return join_rows([RowTree(piece.rows, piece.tree, row_leaves) for piece in pieces], rows).tree
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return not isinstance(one, (int, float)) or one == other
 
 
 def _wire_number(action: PipelineAction) -> int:

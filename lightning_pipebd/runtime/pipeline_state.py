@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
+from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineProgram, Stream
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.row_trees import RowTree, take_rows
 
-__all__ = ["BlockGraph", "StepState", "begin_graph", "follows_update", "gradient_of"]
+__all__ = ["BlockGraph", "StepState", "begin_graph", "gradient_of"]
 
 
 class BlockGraph:
@@ -60,7 +60,7 @@ class StepState:
     ) -> None:
         self.step = step
         self.program = program
-        self.has_update = any(map(follows_update, program.actions))
+        self.has_update = any(action.follows_update for action in program.actions)
         self.loaded = {(stream, False): piece for stream, piece in loaded.items()}
         self.loaded |= {(stream, True): piece for stream, piece in ahead.items()}
         self.received_ahead: dict[Stream, RowTree] = {}
@@ -108,11 +108,6 @@ class StepState:
         taken = sorted((piece for piece in pieces if rows.contains(piece.rows)), key=lambda piece: piece.rows)
         self.pieces[stream, index, False] = [piece for piece in pieces if piece not in taken]
         return taken
-
-
-def follows_update(action: PipelineAction) -> bool:
-    """Tell whether an action belongs to the optimizer step or comes after it."""
-    return action.kind in (PipelineKind.UPDATE, PipelineKind.EMA) or action.stream is Stream.WEIGHTS
 
 
 def begin_graph(tree: Any) -> tuple[Any, list[Any]]:

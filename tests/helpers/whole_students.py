@@ -29,6 +29,7 @@ __all__ = [
     "Byol",
     "Contrast",
     "Convolutional",
+    "Crowd",
     "Distil",
     "Failing",
     "FollowedBlocks",
@@ -125,12 +126,42 @@ class Byol(Bootstrap):
 class Contrast(_Whole):
     """A contrastive loss, which needs the full batch, with a learned temperature of its own."""
 
-    def __init__(self) -> None:
-        super().__init__(None, perceptron(8, 3), student_cuts=["0", "1", "2"], momentum=0.9, full_batch_loss=True)
+    def __init__(self, delay: int = 0) -> None:
+        super().__init__(
+            None,
+            perceptron(8, 3),
+            student_cuts=["0", "1", "2"],
+            momentum=0.9,
+            teacher_delay=delay,
+            full_batch_loss=True,
+        )
         self.temperature = nn.Parameter(torch.tensor(1.0))
 
     def loss(self, student_output: Any, teacher_output: Any, targets: Any) -> Tensor:
         return F.cross_entropy(student_output @ teacher_output.T * self.temperature, torch.arange(len(targets)))
+
+
+class Crowd(Contrast):
+    """Beside the rows of the batch a queue of earlier ones; random numbers in the loss, and a centre that is moved."""
+
+    centre: Tensor
+    queue: Tensor
+
+    def __init__(self, delay: int = 0) -> None:
+        super().__init__(delay)
+        self.register_buffer("centre", torch.zeros(NUM_CLASSES))
+        self.register_buffer("queue", torch.zeros(12, NUM_CLASSES))
+        self._seen: list[Tensor] = []
+
+    def loss(self, student_output: Any, teacher_output: Any, targets: Any) -> Tensor:
+        keys = torch.cat([teacher_output - self.centre, self.queue])
+        self.queue.copy_(keys[: len(self.queue)])
+        self._seen.append(teacher_output.mean(0))
+        return super().loss(F.dropout(student_output, 0.2), keys, targets)
+
+    def on_teacher_update(self) -> None:
+        self.centre.mul_(0.9).add_(torch.stack(self._seen).mean(0), alpha=0.1)
+        self._seen.clear()
 
 
 class Convolutional(_Whole):
@@ -217,6 +248,8 @@ WHOLE_STUDENTS: dict[str, Callable[[], Any]] = {
     "byol-no-delay": lambda: Byol(0),
     "byol-no-centre": lambda: Byol(1, 0.0),
     "contrast": Contrast,
+    "crowd": Crowd,
+    "crowd-delayed": lambda: Crowd(1),
     "convolutional": Convolutional,
     "poisoned": Poisoned,
     "failing": Failing,

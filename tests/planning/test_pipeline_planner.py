@@ -229,12 +229,13 @@ def test_costs_that_cannot_be_are_refused() -> None:
         measured([1], [1], coupled_blocks=(1,))
 
 
-@given(TIMES, TIMES, st.sampled_from([0.0, 0.5]), st.sampled_from([None, 2500]))
-@settings(max_examples=6, deadline=None)
+@given(TIMES, TIMES, st.sampled_from([0.0, 0.5]), st.sampled_from([None, 2500]), st.booleans())
+@settings(max_examples=8, deadline=None)
 def test_with_replicas_the_best_is_what_trying_everything_finds(
-    teacher: list[float], student: list[float], latency_ms: float, limit: int | None
+    teacher: list[float], student: list[float], latency_ms: float, limit: int | None, is_full_batch: bool
 ) -> None:
-    costs = measured(teacher[:2], student[:2], same_node=LinkCost(latency_ms=latency_ms, bytes_per_ms=100))
+    link = LinkCost(latency_ms=latency_ms, bytes_per_ms=100)
+    costs = measured(teacher[:2], student[:2], same_node=link, is_full_batch=is_full_batch)
     judge = PipelineJudge(costs, Cluster.uniform(4, memory_limit_bytes=limit))
     numbers = {1: (1, 3), 2: (1, 2), 4: (1,)}
     everything = [
@@ -306,6 +307,40 @@ def test_a_step_of_replicas_takes_their_sums_and_waits_for_inputs_unless_they_co
     far = replace(costs, same_node=LinkCost(), other_node=link)
     assert step_ms(far, Schedule.ONE_FORWARD_ONE_BACKWARD) == pytest.approx(alone)
     assert step_ms(far, Schedule.ONE_FORWARD_ONE_BACKWARD, 1) == pytest.approx(ahead)
+
+
+def test_a_loss_of_all_rows_waits_for_the_outputs_and_its_gradients_come_back() -> None:
+    link = LinkCost(latency_ms=0.5, bytes_per_ms=100)
+    costs = measured([2], [4], same_node=link, is_full_batch=True, loss_ms=Curve([(8, 0.6)]))
+    judge = PipelineJudge(costs, Cluster.uniform(2))
+    found = judge.judge(PipelineCandidate(PipelinePlan.parse("2 x 0"), 1, Schedule.TEACHER_FIRST))
+    # Rank 1 gets its inputs, teaches, and goes forward; 20 bytes of outputs travel, then as many of gradients.
+    there_and_back = (0.5 + 0.2) + 0.6 + (0.5 + 0.2)
+    assert found.step_time_ms == pytest.approx(0.5 + 1 + 2 + there_and_back + 4 + link.reduce_ms(100, 2) + 0.1)
+    # The whole loss on one rank, which is no part of what the other has to do.
+    assert found.busy_ms == pytest.approx((1 + 2 + 0.6 + 4 + 0.1, 1 + 2 + 4 + 0.1))
+
+
+def test_a_loss_of_the_full_batch_finds_replicas_unless_the_outputs_are_large() -> None:
+    costs, cluster = measured([1, 1], [3, 3], is_full_batch=True), Cluster.uniform(4)
+    found = PipelineOutlook.find(costs, cluster)
+    assert str(found.plan) == "4 x 0-1"
+    assert found.step_time_ms == pytest.approx((2 + 18) / 4 + 0.2 + 0.2)
+    assert "replicas: rank 0 loads for all, rank 0 has the loss of all rows, gradients are summed" in str(found)
+    blocks = [costs.student[0], replace(costs.student[1], output_bytes_per_row=10_000)]
+    slow = replace(costs, student=blocks, same_node=LinkCost(bytes_per_ms=1000))
+    assert PipelineOutlook.find(slow, cluster).plan.replicas == 1
+
+
+def test_the_rank_of_a_loss_of_all_rows_holds_their_outputs() -> None:
+    judge = PipelineJudge(measured([1], [1], is_full_batch=True), Cluster.uniform(2))
+    first, second = judge.memory(PipelineCandidate(PipelinePlan.parse("2 x 0"), 1, Schedule.TEACHER_FIRST))
+    # Four rows held, both outputs of the other four; at the loss eight gradients, and the outputs joined.
+    assert first.working_bytes == 4 * (4 + 50) + 4 * (4 + 5) + 8 * 5 + 8 * (4 + 5)
+    # Four rows held, and their gradients.
+    assert second.working_bytes == 4 * 50 + 4 * 5
+    (ahead, _) = judge.memory(PipelineCandidate(PipelinePlan.parse("2 x 0"), 1, Schedule.ONE_FORWARD_ONE_BACKWARD))
+    assert ahead.working_bytes == 8 * 4 + 4 * 50 + 4 * 5 + 8 * 5 + 8 * (4 + 5)
 
 
 def test_what_every_rank_of_a_replica_holds_is_counted() -> None:

@@ -26,6 +26,7 @@ def steps(draw: st.DrawFn) -> PipelineStep:
         num_micro_batches=draw(st.integers(1, 4)),
         teaches_own=draw(st.booleans()),
         num_next_rows=draw(st.integers(0, 9)),
+        is_full_batch=draw(st.booleans()),
         has_targets=draw(st.booleans()),
         schedule=draw(st.sampled_from(Schedule)),
         splits_backward=draw(st.booleans()),
@@ -127,9 +128,74 @@ def test_sums_begin_as_soon_as_the_gradients_are_there_once_per_optimizer_step()
     assert not any(action.kind is PipelineKind.REDUCE for program in waiting for action in program.actions)
 
 
-def test_a_loss_of_the_full_batch_has_one_replica() -> None:
-    with pytest.raises(PlanError, match="must have one replica for a loss of the full batch, but 2 x 0 has 2"):
-        compile_pipeline(PipelinePlan.parse("2 x 0"), replace(STEP, is_full_batch=True))
+FULL = replace(STEP, is_full_batch=True, has_targets=True)
+
+
+def test_a_loss_of_the_full_batch_is_computed_once_where_all_outputs_come_together() -> None:
+    programs = compile_pipeline(PipelinePlan.parse("2 x 0|1"), FULL)
+    assert list(map(str, programs[1].actions)) == [
+        *("RECV hidden=1 rows=0:1 from=0", "FORWARD block=1 rows=0:1"),
+        *("RECV hidden=1 rows=1:2 from=0", "FORWARD block=1 rows=1:2"),
+        "RECV targets=0 rows=0:4 from=0",
+        *("RECV hidden=2 rows=2:3 from=3", "RECV hidden=2 rows=3:4 from=3"),
+        "LOSS rows=0:4",
+        *("SEND gradient=2 rows=2:3 to=3", "SEND gradient=2 rows=3:4 to=3"),
+        *("BACKWARD block=1 rows=0:1", "SEND gradient=1 rows=0:1 to=0"),
+        *("BACKWARD block=1 rows=1:2", "SEND gradient=1 rows=1:2 to=0"),
+        "REDUCE block=1 ranks=1,3",
+        *("RECV boundary=1 rows=0:1 from=0 batch=next", "TEACH block=1 rows=0:1 batch=next"),
+        *("RECV boundary=1 rows=1:2 from=0 batch=next", "TEACH block=1 rows=1:2 batch=next"),
+        *("RECV boundary=2 rows=2:3 from=3 batch=next", "RECV boundary=2 rows=3:4 from=3 batch=next"),
+        "UPDATE block=1",
+    ]
+    others = [str(action) for program in programs[2:] for action in program.actions]
+    assert not [text for text in others if text.startswith("LOSS") or "targets" in text]
+
+
+def test_where_the_teacher_ends_elsewhere_its_outputs_of_all_replicas_go_to_the_loss() -> None:
+    step = replace(FULL, num_micro_batches=1, teaches_own=True, num_next_rows=0)
+    programs = compile_pipeline(PipelinePlan.parse("2 x 1|0 / 0|1"), step)
+    taught = [
+        str(action) for program in programs for action in program.actions if str(action).startswith("SEND boundary=2")
+    ]
+    assert taught == ["SEND boundary=2 rows=0:2 to=1", "SEND boundary=2 rows=2:4 to=1"]
+
+
+def test_a_replica_without_a_row_sends_no_output() -> None:
+    programs = compile_pipeline(PipelinePlan.parse("3 x 0-1"), replace(FULL, num_rows=2, num_next_rows=0))
+    received = [str(action) for action in programs[0].actions if action.kind is PipelineKind.RECV]
+    assert received == ["RECV hidden=2 rows=1:2 from=1"]
+    assert {action.kind for action in programs[2].actions} == {PipelineKind.REDUCE, PipelineKind.UPDATE}
+
+
+@pytest.mark.parametrize(
+    ("rank", "old", "new", "law"),
+    [
+        (1, "LOSS rows=0:4", "LOSS rows=0:2", "each micro-batch once"),
+        (1, "LOSS rows=0:4", "LOSS rows=0:2\nLOSS rows=2:4", "each micro-batch once"),
+        (3, "RECV gradient=2 rows=2:3 from=1", "LOSS rows=2:4", "work where the plan says"),
+        (1, "SEND gradient=2 rows=2:3 to=3\n", "", "a send for each receive"),
+    ],
+)
+def test_a_second_loss_and_a_missing_gradient_break_the_law(rank: int, old: str, new: str, law: str) -> None:
+    plan = PipelinePlan.parse("2 x 0|1")
+    programs = list(compile_pipeline(plan, FULL))
+    text = str(programs[rank])
+    assert old in text
+    programs[rank] = PipelineProgram.parse(text.replace(old, new, 1))
+    with pytest.raises(LawError, match=f"'{law}'"):
+        check_pipeline_laws(plan, programs, FULL)
+
+
+def test_outputs_that_come_after_the_loss_are_refused() -> None:
+    plan = PipelinePlan.parse("2 x 0|1")
+    programs = list(compile_pipeline(plan, FULL))
+    lines = str(programs[1]).splitlines()
+    lines.remove("RECV hidden=2 rows=3:4 from=3")
+    lines.insert(lines.index("LOSS rows=0:4") + 1, "RECV hidden=2 rows=3:4 from=3")
+    programs[1] = PipelineProgram.parse("\n".join(lines))
+    with pytest.raises(LawError, match="'nothing before its input'"):
+        check_pipeline_laws(plan, programs, FULL)
 
 
 @pytest.mark.parametrize("text", PLANS)

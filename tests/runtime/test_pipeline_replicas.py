@@ -85,6 +85,89 @@ def test_as_many_replicas_as_ranks_are_plain_data_parallelism() -> None:
     assert_same(found, train_in_turn(task))
 
 
+def contrast(student_output: Any, teacher_output: Any, labels: Any) -> Tensor:
+    """Each row's teacher against those of all other rows: no mean over rows can be taken of parts."""
+    return F.cross_entropy(student_output @ teacher_output.T, torch.arange(len(labels)))
+
+
+@pytest.mark.parametrize("plan", ["2 x 0|1 / 0|1-2", "2 x 0-1|- / -|0-2", "2 x 1|0 / 0,2|1", "3 x 0-1 / 0-2"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_loss_of_the_full_batch_over_replicas(plan: str, options: dict[str, Any]) -> None:
+    task = make_task(loss=contrast)
+    found = train_in_threads(task, PipelinePlan.parse(plan), step(**{"is_full_batch": True, **options}))
+    assert_same(found, train_in_turn(task))
+
+
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loss_of_the_full_batch_with_a_momentum_teacher_in_every_replica(delay: int, accumulate: int) -> None:
+    task = make_task(0.9, loss=contrast, delay=delay, accumulate=accumulate, batches=batches(6, 5, 4, 1, 1, 1))
+    found = train_in_threads(task, PipelinePlan.parse("2 x 0|1-2"), step(is_full_batch=True), looks_ahead=delay == 1)
+    assert_same(found, train_in_turn(task))
+
+
+def test_each_replica_alone_would_train_another_student() -> None:
+    task = make_task(loss=contrast)
+    found = train_in_threads(task, PipelinePlan.parse("2 x 0-1 / 0-2"), step(1))
+    assert max_difference(found.student, train_in_turn(task).student) > 1e-6
+
+
+class _Layered(nn.Module):
+    """Gives its rows in the second dimension, and something else beside them."""
+
+    def __init__(self, beside: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH).double()
+        self.beside = beside
+
+    def forward(self, given: Any) -> Any:
+        return self.beside(self.layer(given))
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param(lambda rows: (rows, torch.stack([rows, rows])), id="rows-second"),
+        pytest.param(lambda rows: (rows, rows.square().mean()), id="mean-over-rows"),
+        pytest.param(lambda rows: (rows, rows.shape[0]), id="number-of-rows"),
+    ],
+)
+def test_outputs_of_a_full_batch_that_cannot_be_joined_are_refused(beside: Any) -> None:
+    def loss(student_output: Any, teacher_output: Any, labels: Any) -> Tensor:
+        return contrast(student_output[0], teacher_output, labels)
+
+    task = make_task(student=[block(), _Layered(beside)], loss=loss, batches=batches(5))
+    with pytest.raises(RankError, match="`the student's output` must have the rows of the batch in the first dim"):
+        train_in_threads(task, PipelinePlan.parse("2 x 0-1"), step(1, is_full_batch=True), timeout=10)
+
+
+def test_a_failure_of_the_loss_of_all_rows_ends_all_replicas() -> None:
+    def broken(student_output: Any, teacher_output: Any, labels: Any) -> Tensor:
+        raise ZeroDivisionError("the loss is broken")
+
+    task = make_task(loss=broken, batches=batches(5, 5))
+    with pytest.raises(RankError, match="the loss is broken"):
+        train_in_threads(task, PipelinePlan.parse("2 x 0|1 / 0|1-2"), step(1, is_full_batch=True), timeout=10)
+
+
+class _FailingBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH).double()
+
+    def forward(self, given: Tensor) -> Tensor:
+        if len(given) == 2:
+            raise ZeroDivisionError("the block is broken")
+        found: Tensor = self.layer(given)
+        return found
+
+
+def test_a_failure_before_the_outputs_are_sent_ends_the_rank_of_the_loss_too() -> None:
+    task = make_task(student=[block(), _FailingBlock()], loss=contrast, batches=batches(5, 5))
+    with pytest.raises(RankError, match="the block is broken"):
+        train_in_threads(task, PipelinePlan.parse("2 x 0|1"), step(1, is_full_batch=True), timeout=10)
+
+
 class _Tree(nn.Module):
     """Lets a mask without rows pass beside the rows."""
 
