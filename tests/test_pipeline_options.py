@@ -177,6 +177,7 @@ def test_a_loss_of_the_full_batch_may_have_replicas_and_says_where_it_is() -> No
     check_replicas(plan, module)
     text = PipelineOptions().explain(plan, module)
     assert "replicas: rank 0 loads for all, rank 1 has the loss of all rows, gradients are summed" in text
+    assert "ranks 1, 3: teacher 1-3, student 1-3\n" in text
     assert plan.loss_ranks(is_full_batch=True) == (1,)
     assert plan.loss_ranks(is_full_batch=False) == (1, 3)
 

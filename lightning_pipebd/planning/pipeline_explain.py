@@ -104,11 +104,13 @@ def explain_pipeline(
         each = f"{num_micro_batches} micro-batches each" if num_micro_batches > 1 else "a part of each batch each"
         number = f"{plan.replicas} replicas, {each}"
     ahead = "the next batch while a rank would wait" if looks_ahead else "the batch that is trained on"
+    # One rank computes a loss of the full batch for all replicas.
+    has_loss = plan.replicas == 1 or not is_full_batch
     return "\n".join(
         [
             f"plan: {plan} ({plan.num_ranks} ranks, {number}, {schedule})",
-            *(f"{_name(plan, rank)}: {_duties(plan, rank)}" for rank in range(plan.ranks_per_replica)),
-            *_sums(plan, is_full_batch=is_full_batch),
+            *(f"{_name(plan, rank)}: {_duties(plan, rank, has_loss)}" for rank in range(plan.ranks_per_replica)),
+            *_sums(plan, has_loss),
             f"teacher: works on {ahead}",
             f"exactness: {describe_exactness(num_micro_batches, coupled_blocks, replicas=plan.replicas)}",
         ]
@@ -120,21 +122,22 @@ def _name(plan: PipelinePlan, rank: int) -> str:
     return f"rank {rank}" if plan.replicas == 1 else f"ranks {', '.join(map(str, ranks))}"
 
 
-def _sums(plan: PipelinePlan, *, is_full_batch: bool) -> list[str]:
+def _sums(plan: PipelinePlan, has_loss: bool) -> list[str]:
     if plan.replicas == 1:
         return []
-    loss = f"rank {plan.loss_rank} has the loss of all rows, " if is_full_batch else ""
+    loss = "" if has_loss else f"rank {plan.loss_rank} has the loss of all rows, "
     return [f"replicas: rank {plan.loading_rank} loads for all, {loss}gradients are summed before updates"]
 
 
-def _duties(plan: PipelinePlan, rank: int) -> str:
+def _duties(plan: PipelinePlan, rank: int, has_loss: bool) -> str:
     duties = [
         f"{side} {_range(stage)}"
         for side, stages in (("teacher", plan.teacher_stages), ("student", plan.student_stages))
         for stage in stages
         if stage.rank == rank
     ]
-    duties += ["loads"] * (rank == plan.loading_rank and plan.replicas == 1) + ["loss"] * (rank == plan.loss_rank)
+    duties += ["loads"] * (rank == plan.loading_rank and plan.replicas == 1)
+    duties += ["loss"] * (rank == plan.loss_rank and has_loss)
     return ", ".join(duties) or "nothing"
 
 
