@@ -83,17 +83,21 @@ def test_a_run_goes_on_with_another_number_of_replicas_in_the_middle_of_an_epoch
         assert ours["global_step"] == 9
 
 
-def test_a_run_with_a_loss_of_the_full_batch_goes_on_in_one_pipeline_and_in_replicas_again(tmp_path: Path) -> None:
+def test_a_run_with_a_loss_of_the_full_batch_goes_on_under_another_plan_in_the_middle_of_an_epoch(
+    tmp_path: Path,
+) -> None:
     run = WholeRun(module="crowd-delayed", num_rows=23, trainer={"max_epochs": 3, "gradient_clip_val": 0.05})
-    expected, _ = train_whole(run, tmp_path / "one.ckpt")
-    paths = [str(tmp_path / name) for name in ("first.ckpt", "second.ckpt")]
+    expected, (expected_metrics,) = train_whole(run, tmp_path / "one.ckpt")
+    path = str(tmp_path / "middle.ckpt")
     for way in (
-        {"plan": "2 x 0-3", "save_at": (4, paths[0])},
-        {"plan": "0-1|2-3", "resume": paths[0], "save_at": (7, paths[1])},
-        {"plan": "2 x 0-3", "resume": paths[1]},
+        # The loss is on rank 1, which also has what it leaves in buffers.
+        {"plan": "2 x 0-1|2-3", "num_ranks": 4, "options": {"num_micro_batches": 2}, "save_at": (4, path)},
+        {"plan": "2 x 0-3", "num_ranks": 2, "resume": path},
     ):
-        ours, _ = train_whole(replace(run, num_ranks=2, **way), tmp_path / "ours.ckpt")
+        ours, metrics = train_whole(replace(run, **way), tmp_path / "ours.ckpt")
         assert_close(ours, expected)
+        for found in metrics:
+            assert found["train/loss"] == pytest.approx(expected_metrics["train/loss"], abs=1e-12)
 
 
 def test_running_statistics_are_those_of_all_rows_and_a_bad_step_is_skipped_by_all(tmp_path: Path) -> None:
