@@ -251,7 +251,8 @@ class PipelineOutlook:
             yield f"  Batches are not cut: {self.measurement.whole_reason}"
         if self.measurement.one_replica_reason:
             yield f"  There is one replica, because {self.measurement.one_replica_reason}."
-        yield f'  {self._beside(self.replicas_ms)}: strategy="ddp", all blocks on every rank'
+        parts = ", which has a loss of its own rows" if self.measurement.is_full_batch else ""
+        yield f'  {self._beside(self.replicas_ms)}: strategy="ddp", all blocks on every rank{parts}'
         uses = (f"rank {rank} {format_bytes(use.total_bytes)}" for rank, use in enumerate(judgement.memory))
         yield f"  memory: {', '.join(uses)}"
 
