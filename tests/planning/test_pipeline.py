@@ -74,7 +74,6 @@ def test_programs_without_one_of_their_actions_are_refused(
     plan: PipelinePlan, step: PipelineStep, replicas: int, data: st.DataObject
 ) -> None:
     plan = replace(plan, num_ranks=replicas * plan.num_ranks, replicas=replicas)
-    step = replace(step, is_full_batch=step.is_full_batch and replicas == 1)
     programs = list(compile_pipeline(plan, step))
     places = [
         (program.rank, index)
