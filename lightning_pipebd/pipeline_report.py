@@ -101,7 +101,7 @@ class PipelineReport:
         ]
 
     def _traffic(self) -> str:
-        relay = self.summary["relay"]
+        relay = self._relay()
         pairs = len({(entry["from"], entry["to"]) for entry in relay})
         total = format_bytes(round(sum(entry["bytes"] for entry in relay)))
         return f"{total} per step over {pairs} connection{'s' if pairs > 1 else ''}" if pairs else "none"
@@ -128,8 +128,13 @@ class PipelineReport:
     def _links(self) -> list[Link]:
         return [
             Link(entry["from"], entry["to"], entry["what"], f"{entry['rows']:.4g}", entry["bytes"])
-            for entry in self.summary["relay"]
+            for entry in self._relay()
         ]
+
+    def _relay(self) -> list[dict[str, Any]]:
+        """Give what the ranks sent; nothing where the run was too short for a step to be recorded."""
+        sent: list[dict[str, Any]] = self.summary.get("relay", [])
+        return sent
 
     def _ranks(self, rank: int) -> str:
         return ", ".join(map(str, self.plan.sharing_ranks(rank)))

@@ -210,3 +210,11 @@ def test_the_command_records_a_whole_student_beside_its_prediction(
     assert text.splitlines()[1].split()[3:9] == ["load", "recv", "teach", "forward", "loss", "backward"]
     assert "the measured one is" in report.read_text()
     assert "Predicted above measured" in report.read_text()
+
+
+def test_a_run_too_short_for_a_recorded_step_has_a_page_that_says_so(tmp_path: Path) -> None:
+    report = make_report(summary=summarise({"traceEvents": [{"ph": "M"}]}), timelines={}, losses={})
+    report.write(tmp_path / "report.md")
+    page = (tmp_path / "report.md").read_text()
+    assert "| relay traffic | none |" in page
+    assert "| slowest block | unknown |" in page
