@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_pipebd.planning.plan import Plan, PlanError
 from lightning_pipebd.runtime.block_pairs import BlockPairs
 from lightning_pipebd.runtime.model_cuts import ModelCuts, match_blocks
-from lightning_pipebd.runtime.momentum import Buffers, MomentumBlock, MomentumTeacher
+from lightning_pipebd.runtime.momentum import Buffers, MomentumBlock, MomentumTeacher, check_momentum
 
 __all__ = ["BlockMomentum", "first_teacher"]
 
@@ -56,10 +56,7 @@ class BlockMomentum:
     """
 
     def __init__(self, pairs: BlockPairs, momentum: float | Callable[[int], float], buffers: Buffers) -> None:
-        if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
-            raise ValueError(f"`momentum` must lie between 0 and 1, but is {momentum}. Usual values are 0.99 to 0.999.")
-        if buffers not in ("average", "copy", "leave"):
-            raise ValueError(f"`buffers` must be 'average', 'copy' or 'leave', but is {buffers!r}. Choose one of them.")
+        check_momentum(momentum, buffers)
         if any(candidate is not None for candidate in pairs.candidates):
             raise ValueError(
                 "`momentum` must be left out where a place has candidates: one teacher block cannot follow several "

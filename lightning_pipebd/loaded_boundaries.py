@@ -9,7 +9,7 @@ from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.planning.program import TARGETS
 from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
 
-__all__ = ["load_boundaries"]
+__all__ = ["check_rows", "load_boundaries"]
 
 
 def load_boundaries(module: BlockwiseDistillationModule, batch: Any, rows: Rows) -> dict[int, RowTree]:
@@ -24,13 +24,7 @@ def load_boundaries(module: BlockwiseDistillationModule, batch: Any, rows: Rows)
         ValueError: The batch has another number of rows than were loaded, or no labels.
     """
     inputs, targets = module.unpack_batch(batch)
-    if count_rows(inputs) != rows.num_rows:
-        msg = (
-            f"`unpack_batch` must give the {rows.num_rows} rows that were loaded, but gives {count_rows(inputs)}. "
-            "Change the number of rows in the dataset or the collate function, not in batch transfer hooks."
-        )
-        raise ValueError(msg)
-    loaded = {0: RowTree(rows, inputs, leading_row_leaves(inputs, rows.num_rows))}
+    loaded = {0: check_rows(inputs, rows)}
     if module.target_blocks:
         if targets is None:
             msg = (
@@ -39,3 +33,18 @@ def load_boundaries(module: BlockwiseDistillationModule, batch: Any, rows: Rows)
             raise ValueError(msg)
         loaded[TARGETS] = RowTree(rows, targets, leading_row_leaves(targets, rows.num_rows))
     return loaded
+
+
+def check_rows(inputs: Any, rows: Rows) -> RowTree:
+    """Give what was unpacked as the rows that were loaded.
+
+    Raises:
+        ValueError: It has another number of rows.
+    """
+    if count_rows(inputs) != rows.num_rows:
+        msg = (
+            f"`unpack_batch` must give the {rows.num_rows} rows that were loaded, but gives {count_rows(inputs)}. "
+            "Change the number of rows in the dataset or the collate function, not in batch transfer hooks."
+        )
+        raise ValueError(msg)
+    return RowTree(rows, inputs, leading_row_leaves(inputs, rows.num_rows))

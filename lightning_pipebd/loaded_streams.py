@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_pipebd.data_position import RandomMoment
+from lightning_pipebd.loaded_boundaries import check_rows
 from lightning_pipebd.pipeline_data import AheadBatch
 from lightning_pipebd.planning.pipeline_program import Stream
 from lightning_pipebd.planning.plan import Rows
-from lightning_pipebd.runtime.row_trees import RowTree, count_rows, leading_row_leaves
+from lightning_pipebd.runtime.row_trees import RowTree, leading_row_leaves
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
 __all__ = ["LoadedStreams"]
@@ -63,19 +64,9 @@ class LoadedStreams:
         return self._streams(self._unpacked, batch.num_rows, is_taught=False)
 
     def _streams(self, unpacked: tuple[Any, Any], num_rows: int, *, is_taught: bool) -> dict[Stream, RowTree]:
-        inputs, targets = unpacked
-        streams = {Stream.HIDDEN: _as_rows(inputs, num_rows)}
+        (inputs, targets), rows = unpacked, Rows(0, num_rows)
+        streams = {Stream.HIDDEN: check_rows(inputs, rows)}
         if not is_taught:
-            streams[Stream.BOUNDARY] = _as_rows(self._module.teacher_inputs(inputs), num_rows)
-        streams[Stream.TARGETS] = RowTree(Rows(0, num_rows), targets, leading_row_leaves(targets, num_rows))
+            streams[Stream.BOUNDARY] = check_rows(self._module.teacher_inputs(inputs), rows)
+        streams[Stream.TARGETS] = RowTree(rows, targets, leading_row_leaves(targets, num_rows))
         return streams
-
-
-def _as_rows(tree: Any, num_rows: int) -> RowTree:
-    if count_rows(tree) != num_rows:
-        msg = (
-            f"`unpack_batch` must give the {num_rows} rows that were loaded, but gives {count_rows(tree)}. Change the "
-            "number of rows in the dataset or the collate function, not in batch transfer hooks."
-        )
-        raise ValueError(msg)
-    return RowTree(Rows(0, num_rows), tree, leading_row_leaves(tree, num_rows))

@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_pipebd.model_cuts_module import ModelCutsModule
 from lightning_pipebd.runtime.block_calls import BlockCalls
 from lightning_pipebd.runtime.model_cuts import cut_models
-from lightning_pipebd.runtime.momentum import Buffers
+from lightning_pipebd.runtime.momentum import Buffers, check_momentum
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
 from lightning_pipebd.runtime.row_trees import count_rows
 from lightning_pipebd.step_guard import StepGuard
@@ -306,7 +306,4 @@ def _check_options(teacher: nn.Module | None, momentum: Any, teacher_delay: int,
             "the same at all times, so it needs no delay to work ahead."
         )
         raise ValueError(msg)
-    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
-        raise ValueError(f"`momentum` must lie between 0 and 1, but is {momentum}. Usual values are 0.99 to 0.999.")
-    if buffers not in ("average", "copy", "leave"):
-        raise ValueError(f"`buffers` must be 'average', 'copy' or 'leave', but is {buffers!r}. Choose one of them.")
+    check_momentum(momentum, buffers)

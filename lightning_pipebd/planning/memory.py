@@ -93,7 +93,7 @@ def _weight_bytes(plan: Plan, program: Program, costs: CostTable) -> int:
 
 def _working_bytes(program: Program, costs: CostTable, *, has_targets: bool) -> int:
     ends: dict[int, list[int]] = {}
-    for boundary, last in _last_uses(program).items():
+    for boundary, last in program.last_uses().items():
         ends.setdefault(last, []).append(boundary)
     alive: dict[int, int] = {}
     total = peak = 0
@@ -122,15 +122,3 @@ def _transient_bytes(action: Action, costs: CostTable) -> int:
     if action.kind is Kind.LEARN:
         return costs.blocks[action.index].learn_bytes_per_row * action.rows.num_rows
     return 0
-
-
-def _last_uses(program: Program) -> dict[int, int]:
-    last: dict[int, int] = {}
-    for index, action in enumerate(program.actions):
-        if action.kind in (Kind.RECV, Kind.SEND):
-            last[action.index] = index
-        elif action.kind is Kind.TEACH:
-            last[action.index] = last[action.index + 1] = index
-        elif action.kind is Kind.LEARN:
-            last[action.index] = last[action.index + 1] = last[TARGETS] = index
-    return last

@@ -128,6 +128,23 @@ class Program(NamedTuple):
             ) from None
         return cls(rank_number, row_number, tuple(map(Action.parse, lines)))
 
+    def last_uses(self) -> dict[int, int]:
+        """Give for each boundary the number of the action after which this rank does not need it any more.
+
+        Example:
+            >>> Program(0, 4, (Action.parse("LOAD rows=0:4"), Action.parse("TEACH block=0 rows=0:4"))).last_uses()
+            {0: 1, 1: 1}
+        """
+        last: dict[int, int] = {}
+        for index, action in enumerate(self.actions):
+            if action.kind in (Kind.RECV, Kind.SEND):
+                last[action.index] = index
+            elif action.kind is Kind.TEACH:
+                last[action.index] = last[action.index + 1] = index
+            elif action.kind is Kind.LEARN:
+                last[action.index] = last[action.index + 1] = last[TARGETS] = index
+        return last
+
 
 _WORDS: dict[Kind, tuple[str, ...]] = {
     Kind.LOAD: ("rows",),

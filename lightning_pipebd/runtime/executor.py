@@ -188,15 +188,7 @@ class _State:
 
 def _find_last_uses(program: Program) -> dict[int, list[int]]:
     """Find the boundaries that are not needed any more after an action, so that their memory can go."""
-    last: dict[int, int] = {}
-    for index, action in enumerate(program.actions):
-        if action.kind in (Kind.RECV, Kind.SEND):
-            last[action.index] = index
-        elif action.kind is Kind.TEACH:
-            last[action.index] = last[action.index + 1] = index
-        elif action.kind is Kind.LEARN:
-            last[action.index] = last[action.index + 1] = last[TARGETS] = index
     ends: defaultdict[int, list[int]] = defaultdict(list)
-    for boundary, index in last.items():
+    for boundary, index in program.last_uses().items():
         ends[index].append(boundary)
     return dict(ends)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-__all__ = ["Buffers", "MomentumBlock", "MomentumTeacher"]
+__all__ = ["Buffers", "MomentumBlock", "MomentumTeacher", "check_momentum"]
 
 Buffers = Literal["average", "copy", "leave"]
 
@@ -96,6 +96,18 @@ class MomentumTeacher:
             _copy(buffers, own.student_buffers)
         else:
             _average(buffers, own.student_buffers, momentum)
+
+
+def check_momentum(momentum: object, buffers: str) -> None:
+    """Raise unless these are a momentum, as far as it is a number, and what may become of buffers.
+
+    Raises:
+        ValueError: One of them is not.
+    """
+    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
+        raise ValueError(f"`momentum` must lie between 0 and 1, but is {momentum}. Usual values are 0.99 to 0.999.")
+    if buffers not in ("average", "copy", "leave"):
+        raise ValueError(f"`buffers` must be 'average', 'copy' or 'leave', but is {buffers!r}. Choose one of them.")
 
 
 def _average(averages: Sequence[Tensor], news: Sequence[Tensor], momentum: float) -> None:
