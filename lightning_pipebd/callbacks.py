@@ -106,7 +106,7 @@ class BlockMetrics(FitCallback):
         """Post or write the block losses if Lightning logs at this step."""
         if isinstance(outputs, dict) and self._latest:
             # The closure's own loss is a stand-in: the real ones exist only after the program has run.
-            total = metrics_of(pl_module, self._latest)["train/loss"]
+            total = _metrics_of(pl_module, self._latest)["train/loss"]
             num_batches = trainer.accumulate_grad_batches
             outputs["loss"] = total if num_batches == 1 else total / num_batches
         if is_logging_step(trainer):
@@ -182,10 +182,10 @@ class BlockMetrics(FitCallback):
         for part in parts:
             for name, loss in part.items():
                 losses[name] += loss
-        return metrics_of(module, losses)
+        return _metrics_of(module, losses)
 
 
-def metrics_of(module: Any, losses: Mapping[LossName, Any]) -> dict[str, Any]:
+def _metrics_of(module: Any, losses: Mapping[LossName, Any]) -> dict[str, Any]:
     """Name a step's losses as the module logs them."""
     found: dict[str, Any] = module.metrics(losses)
     return found

@@ -26,6 +26,7 @@ from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.transport import Lane, Transport
 from lightning_pipebd.runtime.watcher import Watcher
 from lightning_pipebd.signals import SignalFollower, describe_end
+from lightning_pipebd.step_pace import StepPace
 
 __all__ = ["FitSession"]
 
@@ -48,6 +49,7 @@ class FitSession:
     """
 
     _executor: Executor | PipelineExecutor
+    _step_report: StepPace[Any] | None = None
 
     def __init__(
         self,
@@ -122,6 +124,16 @@ class FitSession:
         # Nobody measures for nobody.
         self._executor.observer = tell if self._observers else None
 
+    @property
+    def _listen(self) -> Callable[[Callable[[Any], None]], Callable[[], None]] | None:
+        # On a GPU an action is over when it was begun: its time says nothing.
+        return self.observe if self._strategy.root_device.type == "cpu" else None
+
+    @property
+    def step_time_ms(self) -> float | None:
+        """Measured time of a step; ``None`` before the end of the first epoch, or if nothing was foreseen."""
+        return self._step_report.step_time_ms if self._step_report is not None else None
+
     def gather(self, value: Any) -> list[Any]:
         """**Collective** over all ranks: give every rank's value, in rank order."""
         return self._transport.all_gather_object(value)
@@ -155,6 +167,9 @@ class FitSession:
 
     def end(self) -> None:
         """Take back what was changed in the trainer, and close what is still open."""
+        if self._step_report is not None:
+            remove_callback(self._trainer, self._step_report)
+            self._step_report.close()
         if hasattr(self, "_metrics"):
             remove_callback(self._trainer, self._metrics)
             remove_callback(self._trainer, self._follower)

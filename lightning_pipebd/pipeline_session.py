@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_pipebd.data import num_trained, save_position
-from lightning_pipebd.fit_callbacks import add_callback, remove_callback
+from lightning_pipebd.fit_callbacks import add_callback
 from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import start_watcher
 from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
@@ -82,7 +82,6 @@ class PipelineSession(FitSession):
         self._options = options
         self._durations = durations
         self._terms: dict[str, Tensor] = {}
-        self._step_report: PipelineStepReport | None = None
         self._staged: tuple[Announced, Any, int] | None = None
         self._taught: tuple[object, int] | None = None
         self._train_loader: AheadLoader | AheadHeaderLoader | None = None
@@ -141,9 +140,6 @@ class PipelineSession(FitSession):
     def end(self) -> None:
         """Take back what was changed in the trainer and the module."""
         self._module.follow_in_plan = self._module.clip_in_plan = self._module.step_guard.agree = None
-        if self._step_report is not None:
-            remove_callback(self._trainer, self._step_report)
-            self._step_report.close()
         self._life.close()
         super().end()
 
@@ -167,17 +163,10 @@ class PipelineSession(FitSession):
         """The terms of the last step's loss, on the rank that computes it."""
         return self._terms
 
-    @property
-    def step_time_ms(self) -> float | None:
-        """Measured time of a step; ``None`` before the end of the first epoch, or if nothing was foreseen."""
-        return self._step_report.step_time_ms if self._step_report is not None else None
-
     def report(self, outlook: PipelineOutlook | None) -> None:
         """Log how the steps' time compares with what was foreseen."""
         if outlook is not None:
-            # On a GPU an action is over when it was begun: its time says nothing.
-            listen = self.observe if self._strategy.root_device.type == "cpu" else None
-            self._step_report = PipelineStepReport(outlook, self._transport, listen)
+            self._step_report = PipelineStepReport(outlook, self._transport, self._listen)
             add_callback(self._trainer, self._step_report)
 
     def is_for(self, module: object) -> bool:

@@ -23,7 +23,7 @@ __all__ = ["PipelineStepReport"]
 Listener = Callable[[PipelineSpan], None]
 
 
-class PipelineStepReport(StepPace):
+class PipelineStepReport(StepPace[PipelineSpan]):
     """Log what a step took, beside what was predicted, and what would be faster where that is too far off.
 
     The paces are exchanged at the end of the first epoch with enough steps: the slowest rank's is everybody's. A plan
@@ -33,9 +33,6 @@ class PipelineStepReport(StepPace):
         outlook: What was foreseen.
         transport: Reaches the other ranks.
         listen: Has every action told to somebody, and gives what ends that; `None` where actions cannot be timed.
-
-    Attributes:
-        step_time_ms: Measured time of a step; `None` before it was measured.
     """
 
     def __init__(
@@ -44,18 +41,10 @@ class PipelineStepReport(StepPace):
         transport: Transport,
         listen: Callable[[Listener], Callable[[], None]] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(listen)
         self._outlook = outlook
         self._transport = transport
         self._durations: defaultdict[tuple[PipelineKind, int, int], list[float]] = defaultdict(list)
-        self._end_listening = listen(self._note) if listen is not None else None
-        self.step_time_ms: float | None = None
-
-    def close(self) -> None:
-        """Listen to actions no more."""
-        if self._end_listening is not None:
-            self._end_listening()
-            self._end_listening = None
 
     @property
     @override
@@ -84,6 +73,7 @@ class PipelineStepReport(StepPace):
         observed = {key: statistics.mean(found) for key, found in times.items()}
         done_by_rank_zero(self._transport, lambda: self._tell(observed))
 
+    @override
     def _note(self, span: PipelineSpan) -> None:
         action = span.action
         if action.kind in WORK and action.rows.num_rows:

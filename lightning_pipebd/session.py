@@ -76,6 +76,7 @@ class TrainingSession(FitSession):
     """
 
     _executor: Executor
+    _step_report: StepReport | None = None
 
     def __init__(
         self,
@@ -96,7 +97,6 @@ class TrainingSession(FitSession):
         self._staged: tuple[int, Rows, Any, int] | None = None
         self._train_loader: TrainLoader | HeaderLoader | None = None
         self._norms: SynchronisedNorms | None = None
-        self._step_report: StepReport | None = None
         self._converged = ConvergedBlocks()
 
     # Life.
@@ -147,9 +147,7 @@ class TrainingSession(FitSession):
     def report(self, outlook: Outlook | None, *, replans: bool = False) -> None:
         """Log how the steps' time compares with what was foreseen, and what has changed since."""
         if outlook is not None:
-            # On a GPU an action is over when it was begun: its time says nothing.
-            listen = self.observe if self._strategy.root_device.type == "cpu" else None
-            self._step_report = StepReport(outlook, self._transport, self._module, listen, replans=replans)
+            self._step_report = StepReport(outlook, self._transport, self._module, self._listen, replans=replans)
             add_callback(self._trainer, self._step_report)
             add_callback(self._trainer, self._converged)
 
@@ -170,11 +168,6 @@ class TrainingSession(FitSession):
         for kind in (END, SAVE):
             if old.progress.agreement.is_open(kind):
                 self.progress.agreement.request(kind)
-
-    @property
-    def step_time_ms(self) -> float | None:
-        """Measured time of a step; ``None`` before the end of the first epoch, or if nothing was foreseen."""
-        return self._step_report.step_time_ms if self._step_report is not None else None
 
     @property
     def plan(self) -> Plan:
@@ -212,10 +205,7 @@ class TrainingSession(FitSession):
     def end(self) -> None:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
         if hasattr(self, "_metrics"):
-            if self._step_report is not None:
-                remove_callback(self._trainer, self._step_report)
-                remove_callback(self._trainer, self._converged)
-                self._step_report.close()
+            remove_callback(self._trainer, self._converged)
             self.scalers.restore()
         if self._norms is not None:
             self._norms.restore()

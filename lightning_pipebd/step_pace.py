@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
@@ -15,12 +16,22 @@ __all__ = ["StepPace", "compare", "has_drifted"]
 
 _MIN_STEPS = 8
 _DRIFT = 1.25
+SpanT = TypeVar("SpanT")
 
 
-class StepPace(FitCallback):
-    """Note when this rank's batches end; validation in between does not count."""
+class StepPace(FitCallback, Generic[SpanT]):
+    """Note when this rank's batches end, and what its actions take; validation in between does not count.
 
-    def __init__(self) -> None:
+    Args:
+        listen: Has every action told to somebody, and gives what ends that; ``None`` where actions cannot be timed.
+
+    Attributes:
+        step_time_ms: Measured time of a step; ``None`` before it was measured.
+    """
+
+    def __init__(self, listen: Callable[[Callable[[SpanT], None]], Callable[[], None]] | None) -> None:
+        self.step_time_ms: float | None = None
+        self._end_listening = listen(self._note) if listen is not None else None
         self._stamps: list[float] = []
         self._pause_s = 0.0
         self._pause_start = 0.0
@@ -29,6 +40,16 @@ class StepPace(FitCallback):
     def is_measuring(self) -> bool:
         """Whether the pace of this epoch is wanted."""
         return True
+
+    def close(self) -> None:
+        """Listen to actions no more."""
+        if self._end_listening is not None:
+            self._end_listening()
+            self._end_listening = None
+
+    def _note(self, span: SpanT) -> None:
+        """Keep what an action took."""
+        raise NotImplementedError
 
     @override
     def on_train_batch_end(

@@ -27,7 +27,7 @@ __all__ = ["StepReport"]
 Listener = Callable[[Span], None]
 
 
-class StepReport(StepPace):
+class StepReport(StepPace[Span]):
     """Log what a step took, beside what was predicted, and look for a better plan where that is too far off.
 
     Each rank notes when its batches end; validation in between does not count. The paces are exchanged at the end of
@@ -42,7 +42,6 @@ class StepReport(StepPace):
         replans: Whether the plan may change between epochs.
 
     Attributes:
-        step_time_ms: Measured time of a step; `None` before it was measured.
         better: What is foreseen of a better plan, if the plan may change and there is one; the same on all ranks.
     """
 
@@ -55,26 +54,18 @@ class StepReport(StepPace):
         *,
         replans: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(listen)
         self._outlook = outlook
         self._transport = transport
         self._module = module
         self._replans = replans
-        self._end_listening = listen(self._note) if listen is not None else None
         self._durations: defaultdict[tuple[Kind, int, int], list[float]] = defaultdict(list)
         # Blocks that are trained no longer: those that were foreseen, those that are known, and those that were not
         # trained either when this epoch began, or when the times were observed.
         self._foreseen = self._frozen = self._frozen_early = self._frozen_when_observed = module.frozen_blocks
         self._observed: ObservedTimes = {}
         self._is_compared = False
-        self.step_time_ms: float | None = None
         self.better: Outlook | None = None
-
-    def close(self) -> None:
-        """Listen to actions no more."""
-        if self._end_listening is not None:
-            self._end_listening()
-            self._end_listening = None
 
     @override
     def on_train_batch_end(
@@ -123,6 +114,7 @@ class StepReport(StepPace):
         }
         return _Epoch(pace_ms, medians, *frozen)
 
+    @override
     def _note(self, span: Span) -> None:
         kind, block, rows = span.action.kind, span.action.index, span.action.rows.num_rows
         if kind in (Kind.TEACH, Kind.LEARN) and rows:
