@@ -213,7 +213,7 @@ def test_the_command_records_a_whole_student_beside_its_prediction(
 
 
 def test_a_run_too_short_for_a_recorded_step_has_a_page_that_says_so(tmp_path: Path) -> None:
-    report = make_report(summary=summarise({"traceEvents": [{"ph": "M"}]}), timelines={}, losses={})
+    report = make_report(summary=summarise({"traceEvents": [{"ph": "M"}]}), timelines={"measured": []}, losses={})
     report.write(tmp_path / "report.md")
     page = (tmp_path / "report.md").read_text()
     assert "| relay traffic | none |" in page
