@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_pipebd.runtime.blocks import call_block
+from lightning_pipebd.runtime.layer_masks import (
+    PADDINGS,
+    arguments_by_name,
+    arguments_of,
+    find_masks,
+    with_padded_row,
+)
 from lightning_pipebd.runtime.side_effects import preserved_modes, preserved_random_states
 from lightning_pipebd.runtime.tracing import PartitionError
 
-__all__ = ["HIDDEN", "LastLayerReached", "LayerCall", "containers", "until_last_layer", "watch_layers"]
+__all__ = [
+    "HIDDEN",
+    "LastLayerReached",
+    "LayerCall",
+    "LayerStack",
+    "containers",
+    "pack",
+    "until_last_layer",
+    "watch_layers",
+]
 
 HIDDEN = "hidden"
 """Name of the hidden state in a boundary."""
+
+_SAME_ARGUMENTS = (
+    "Let the layers of teacher and student take the same arguments (for attention: the same implementation)."
+)
 
 _PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device, type(None))
 
@@ -33,15 +50,21 @@ class LayerCall:
         subject: What messages call the layer.
         spec: Form of arguments and keyword arguments.
         leaves: Per leaf the name of the tensor that goes there, or the value itself.
-        is_tensor: Per leaf whether a tensor goes there.
-        place: Where in its output the hidden state is, and of how many; ``None`` if it is the output.
+        dtypes: Per leaf the tensor's type; ``None`` where a value goes.
+        parts: Per part of its output the name of the tensor that it is, or ``None``; empty if the hidden state is the
+            output.
     """
 
     subject: str
     spec: Any
     leaves: tuple[Any, ...]
-    is_tensor: tuple[bool, ...]
-    place: tuple[int, int] | None
+    dtypes: tuple[torch.dtype | None, ...]
+    parts: tuple[str | None, ...]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors that the layer gets."""
+        return [leaf for leaf, dtype in zip(self.leaves, self.dtypes, strict=True) if dtype is not None]
 
     def run(self, layer: nn.Module, hidden: Tensor, passengers: Mapping[str, Any]) -> Tensor:
         """Call the layer; give its hidden state.
@@ -50,48 +73,73 @@ class LayerCall:
             PartitionError: The boundary has not what the layer gets.
         """
         known = {HIDDEN: hidden, **passengers}
-        names = [leaf for leaf, is_tensor in zip(self.leaves, self.is_tensor, strict=True) if is_tensor]
-        missing = [name for name in names if name not in known]
-        if missing:
-            raise PartitionError(
-                f"{self.subject} must get `{missing[0]}` from its boundary, which has {', '.join(known)}. Let the "
-                "layers of teacher and student take the same arguments (for attention: the same implementation)."
-            )
-        leaves = [
-            known[leaf] if is_tensor else leaf for leaf, is_tensor in zip(self.leaves, self.is_tensor, strict=True)
-        ]
+        for name, dtype in zip(self.leaves, self.dtypes, strict=True):
+            if dtype is not None:
+                self._check_given(name, dtype, known)
+        leaves = [leaf if dtype is None else known[leaf] for leaf, dtype in zip(self.leaves, self.dtypes, strict=True)]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         output = layer(*args, **kwargs)
-        found: Tensor = output if self.place is None else output[self.place[0]]
+        found: Tensor = output[self.parts.index(HIDDEN)] if self.parts else output
         return found
 
-    def pack(self, hidden: Any) -> Any:
-        """Give a hidden state as the layer gives it."""
-        if self.place is None:
-            return hidden
-        index, number = self.place
-        return tuple(hidden if each == index else None for each in range(number))
+    def _check_given(self, name: str, dtype: torch.dtype, known: Mapping[str, Tensor]) -> None:
+        if name not in known:
+            raise PartitionError(
+                f"{self.subject} must get `{name}` from its boundary, which has {', '.join(known)}. {_SAME_ARGUMENTS}"
+            )
+        # Added to attention's scores, as it would be here, a mask of truth values does nothing.
+        if dtype.is_floating_point and known[name].dtype is torch.bool:
+            raise PartitionError(
+                f"{self.subject} must get `{name}` of type {dtype}, but its boundary has one of truth values. "
+                f"{_SAME_ARGUMENTS}"
+            )
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        """Give the tensors of a call by name.
+        """Give the tensors of a call by name; those that the model leaves out are not among them.
 
         Raises:
             PartitionError: The call has another form than the example's.
         """
         leaves, spec = pytree.tree_flatten((args, kwargs))
         same = spec == self.spec and all(
-            isinstance(leaf, Tensor) if is_tensor else not isinstance(leaf, Tensor) and leaf == known
-            for leaf, known, is_tensor in zip(leaves, self.leaves, self.is_tensor, strict=True)
+            isinstance(leaf, Tensor) or leaf is None
+            if dtype is not None
+            else not isinstance(leaf, Tensor) and leaf == known
+            for leaf, known, dtype in zip(leaves, self.leaves, self.dtypes, strict=True)
         )
         if not same:
             raise PartitionError(
                 f"{self.subject} must be called as it was for the example of `layer_blocks`, but an argument is "
-                "another number, or a tensor where there was none, or the other way round. Give an example like the "
-                "batches. Where a model leaves the mask out of batches without padding (Hugging Face), hand none over, "
-                'or use `attn_implementation="eager"`.'
+                "another number, or a tensor where there was none. Give an example like the batches: as long, and "
+                "with the mask that they have."
             )
-        pairs = zip(leaves, self.leaves, self.is_tensor, strict=True)
-        return {name: leaf for leaf, name, is_tensor in pairs if is_tensor}
+        triples = zip(leaves, self.leaves, self.dtypes, strict=True)
+        return {name: leaf for leaf, name, dtype in triples if dtype is not None and leaf is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStack:
+    """How a model calls its layers.
+
+    Attributes:
+        calls: Of each layer but the first.
+        first_parts: Per part of what the first layer gives the name of the tensor that it is, as in a call.
+        before: The outermost modules that run before the first layer.
+    """
+
+    calls: tuple[LayerCall, ...]
+    first_parts: tuple[str | None, ...]
+    before: tuple[nn.Module, ...]
+
+
+def pack(parts: Sequence[str | None], known: Mapping[str, Any]) -> Any:
+    """Give an output of a layer, made of the tensors that are known.
+
+    Example:
+        >>> pack(("hidden", None, "bias"), {"hidden": 3}), pack((), {"hidden": 3})
+        ((3, None, None), 3)
+    """
+    return tuple(known.get(part) if part else None for part in parts) if parts else known[HIDDEN]
 
 
 class LastLayerReached(BaseException):  # nothing that a model may catch
@@ -112,10 +160,10 @@ class _Seen:
     output: Any = None
 
 
-def watch_layers(
-    model: nn.Module, path: str, layers: Sequence[nn.Module], example: Any
-) -> tuple[list[LayerCall], list[nn.Module]]:
+def watch_layers(model: nn.Module, path: str, layers: Sequence[nn.Module], example: Any) -> LayerStack:
     """Run a model on an example, up to its last layer.
+
+    Where it hands over no masks, because nothing is padded, it runs once more with padding.
 
     Args:
         model: The model.
@@ -123,18 +171,34 @@ def watch_layers(
         layers: Modules that the model calls one after another.
         example: An input.
 
-    Returns:
-        How the model calls each layer but the first, and the outermost modules that run before that.
-
     Raises:
         PartitionError: The layers are not called one after another, each on what the one before it gave.
     """
+    args, kwargs = arguments_of(example)
+    stack = _understand(path, *_watch(model, path, layers, args, kwargs))
+    masks = find_masks(model, args, kwargs)
+    for padding in PADDINGS if masks and any(None in call.leaves for call in stack.calls) else ():
+        padded_args, padded_kwargs = with_padded_row(args, kwargs, masks, padding)
+        padded = _understand(path, *_watch(model, path, layers, padded_args, padded_kwargs))
+        if _count_tensors(padded) > _count_tensors(stack):
+            return padded
+    return stack
+
+
+def _count_tensors(stack: LayerStack) -> int:
+    return sum(len(call.names) for call in stack.calls)
+
+
+def _watch(
+    model: nn.Module, path: str, layers: Sequence[nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[_Seen], list[nn.Module]]:
+    """Give the calls of the layers, and the outermost modules that run before the first."""
     seen: list[tuple[int, _Seen]] = []
     before: list[nn.Module] = []
 
     def enter(index: int) -> Callable[..., None]:
         def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append((index, _Seen(args, kwargs, _by_name(layer, args, kwargs))))
+            seen.append((index, _Seen(args, kwargs, arguments_by_name(layer.forward, args, kwargs))))
 
         return note
 
@@ -155,7 +219,7 @@ def watch_layers(
                 hooks.callback(hook.remove)
         with preserved_random_states(), torch.no_grad(), preserved_modes(model.modules()), until_last_layer():
             model.eval()
-            call_block(model, example)
+            model(*args, **kwargs)
     if [index for index, _ in seen] != list(range(len(layers))):
         raise PartitionError(
             f"`{path}` must be layers that the model calls one after another, each once, but it calls number "
@@ -163,36 +227,28 @@ def watch_layers(
         )
     inner = {id(part) for module in before for part in module.modules() if part is not module}
     outermost = {id(module): module for module in before if id(module) not in inner}
-    return _understand(path, [call for _, call in seen]), list(outermost.values())
+    return [call for _, call in seen], list(outermost.values())
 
 
-def _by_name(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    signature = inspect.signature(layer.forward)
-    bound = signature.bind(*args, **kwargs).arguments
-    variable = [name for name, each in signature.parameters.items() if each.kind is each.VAR_KEYWORD and name in bound]
-    inside = bound.pop(variable[0]) if variable else {}
-    return {**bound, **inside}
-
-
-def _understand(path: str, seen: Sequence[_Seen]) -> list[LayerCall]:
+def _understand(path: str, seen: Sequence[_Seen], before: Sequence[nn.Module]) -> LayerStack:
     """Say of each layer but the first which tensors it gets, by names that are the same for all layers."""
     names: dict[int, str] = {}
     calls = []
     for index, call in enumerate(seen):
         for argument, value in call.given.items():
             _check_plain(value, f"`{path}.{index}`", argument)
-    for index, (last, call) in enumerate(pairwise(seen), 1):
+    first_parts, hidden = _name_parts(seen[0], seen[1], names, f"`{path}.0`", is_first=True)
+    for index, call in enumerate(seen[1:], 1):
         subject = f"`{path}.{index}`"
-        following = seen[index + 1] if index + 1 < len(seen) else None
-        _, hidden = _find_hidden(last.output, call, f"`{path}.{index - 1}`")
-        place, _ = _find_hidden(call.output, following, subject)
         names |= _new_names(call.given, {**names, id(hidden): HIDDEN})
         known = {**names, id(hidden): HIDDEN}
+        following = seen[index + 1] if index + 1 < len(seen) else None
+        parts, hidden = _name_parts(call, following, names, subject)
         leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-        flags = tuple(isinstance(leaf, Tensor) for leaf in leaves)
-        values = tuple(known[id(leaf)] if flag else leaf for leaf, flag in zip(leaves, flags, strict=True))
-        calls.append(LayerCall(subject, spec, values, flags, place))
-    return calls
+        dtypes = tuple(leaf.dtype if isinstance(leaf, Tensor) else None for leaf in leaves)
+        values = tuple(known[id(leaf)] if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        calls.append(LayerCall(subject, spec, values, dtypes, parts))
+    return LayerStack(tuple(calls), first_parts, tuple(before))
 
 
 def _new_names(given: Mapping[str, Any], known: Mapping[int, str]) -> dict[int, str]:
@@ -209,20 +265,33 @@ def _new_names(given: Mapping[str, Any], known: Mapping[int, str]) -> dict[int, 
     return names
 
 
-def _find_hidden(output: Any, following: _Seen | None, subject: str) -> tuple[tuple[int, int] | None, Any]:
-    """Give where in a layer's output that is what the next layer gets, and it."""
+def _name_parts(
+    call: _Seen, following: _Seen | None, names: Mapping[int, str], subject: str, *, is_first: bool = False
+) -> tuple[tuple[str | None, ...], Any]:
+    """Name the parts of a layer's output that the next layer gets, and give the hidden state.
+
+    Args:
+        call: Of the layer.
+        following: Of the next layer; ``None`` after the last.
+        names: Of the tensors beside the hidden state that layers got so far, by identity.
+        subject: What messages call the layer.
+        is_first: Whether no layer comes before it.
+    """
+    output = call.output
     parts = list(output) if isinstance(output, (tuple, list)) else [output]
     wanted = parts[:1] if following is None else pytree.tree_leaves((following.args, following.kwargs))
-    found = [
-        index for index, part in enumerate(parts) if isinstance(part, Tensor) and any(part is own for own in wanted)
-    ]
-    if len(found) != 1:
+    given = [part for part in wanted if isinstance(part, Tensor) and any(part is own for own in parts)]
+    new = [part for part in given if id(part) not in names]
+    # The first layer may also give what all others get, such as a table of positions that it learns.
+    if not new or (len(new) > 1 and not is_first):
         raise PartitionError(
-            f"{subject} must give one tensor that the next layer gets as it is, but gives {len(found)} of them. "
+            f"{subject} must give one tensor that the next layer gets as it is, but gives {len(new)} of them. "
             "List the blocks yourself."
         )
-    place = (found[0], len(parts)) if isinstance(output, (tuple, list)) else None
-    return place, parts[found[0]]
+    hidden = new[0]
+    if not isinstance(output, (tuple, list)):
+        return (), hidden
+    return tuple(HIDDEN if part is hidden else names.get(id(part)) for part in parts), hidden
 
 
 def _check_plain(value: Any, subject: str, argument: str) -> None:
