@@ -32,7 +32,7 @@ from lightning_pipebd.runtime.layer_calls import (
     until_last_layer,
     watch_layers,
 )
-from lightning_pipebd.runtime.layer_masks import PADDINGS, find_masks, with_padded_row, without_last_row
+from lightning_pipebd.runtime.layer_masks import PADDINGS, find_masks, with_padded_rows
 from lightning_pipebd.runtime.layer_tail import TailStep, make_tail
 from lightning_pipebd.runtime.side_effects import preserved_modes, preserved_random_states
 from lightning_pipebd.runtime.tracing import PartitionError
@@ -200,9 +200,9 @@ class FirstBlock(nn.Module):
         with preserved_random_states(), torch.no_grad(), preserved_modes(everything):
             self.eval()
             for padding in PADDINGS if masks else ():
-                padded_args, padded_kwargs = with_padded_row(args, kwargs, masks, padding)
-                given = self._run(padded_args, padded_kwargs, first)
-                found |= {name: without_last_row(value, len(masks[0])) for name, value in given.items()}
+                inputs = with_padded_rows(args, kwargs, masks, padding)
+                given = self._run(inputs.args, inputs.kwargs, first)
+                found |= {name: inputs.of_batch(value) for name, value in given.items()}
                 if not self._left_out(found):
                     break
         return found

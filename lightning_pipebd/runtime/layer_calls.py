@@ -16,7 +16,7 @@ from lightning_pipebd.runtime.layer_masks import (
     arguments_by_name,
     arguments_of,
     find_masks,
-    with_padded_row,
+    with_padded_rows,
 )
 from lightning_pipebd.runtime.side_effects import preserved_modes, preserved_random_states
 from lightning_pipebd.runtime.tracing import PartitionError
@@ -110,8 +110,8 @@ class LayerCall:
         if not same:
             raise PartitionError(
                 f"{self.subject} must be called as it was for the example of `layer_blocks`, but an argument is "
-                "another number, or a tensor where there was none. Give an example like the batches: as long, and "
-                "with the mask that they have."
+                "another number, or a tensor where there was none. Give an example like the batches, as long as they "
+                "are, and a mask in every batch or in none (under `compile`, in every batch)."
             )
         triples = zip(leaves, self.leaves, self.dtypes, strict=True)
         return {name: leaf for leaf, name, dtype in triples if dtype is not None and leaf is not None}
@@ -178,8 +178,8 @@ def watch_layers(model: nn.Module, path: str, layers: Sequence[nn.Module], examp
     stack = _understand(path, *_watch(model, path, layers, args, kwargs))
     masks = find_masks(model, args, kwargs)
     for padding in PADDINGS if masks and any(None in call.leaves for call in stack.calls) else ():
-        padded_args, padded_kwargs = with_padded_row(args, kwargs, masks, padding)
-        padded = _understand(path, *_watch(model, path, layers, padded_args, padded_kwargs))
+        inputs = with_padded_rows(args, kwargs, masks, padding)
+        padded = _understand(path, *_watch(model, path, layers, inputs.args, inputs.kwargs))
         if _count_tensors(padded) > _count_tensors(stack):
             return padded
     return stack

@@ -99,9 +99,9 @@ def _follow(path: str, calls: Sequence[_Call], hidden: Tensor, before: str) -> T
         return found
     got = ", ".join(str(tuple(leaf.shape)) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves)
     raise PartitionError(
-        f"`{path}` of `tail` must get what {before} gives, {tuple(hidden.shape)}, and nothing else, but the model gives "
-        f"it {got or 'nothing'} or other values. Put a function that does what the model does in between into `tail`, "
-        "such as `lambda hidden: hidden[:, 0]`, or end `tail` before it."
+        f"`{path}` of `tail` must get what {before} gives, {tuple(hidden.shape)}, and nothing else, but the model "
+        f"gives it {got or 'nothing'} or other values. Put a function that does what the model does in between into "
+        "`tail`, such as `lambda hidden: hidden[:, 0]`, or end `tail` before it."
     )
 
 
