@@ -32,7 +32,7 @@ from lightning_pipebd.runtime.layer_calls import (
     until_last_layer,
     watch_layers,
 )
-from lightning_pipebd.runtime.layer_masks import PADDINGS, find_masks, with_padded_rows
+from lightning_pipebd.runtime.layer_masks import PADDINGS, PaddedInputs, find_masks, with_padded_rows
 from lightning_pipebd.runtime.layer_tail import TailStep, make_tail
 from lightning_pipebd.runtime.side_effects import preserved_modes, preserved_random_states
 from lightning_pipebd.runtime.tracing import PartitionError
@@ -201,11 +201,21 @@ class FirstBlock(nn.Module):
             self.eval()
             for padding in PADDINGS if masks else ():
                 inputs = with_padded_rows(args, kwargs, masks, padding)
-                given = self._run(inputs.args, inputs.kwargs, first)
+                given = self._run_padded(inputs, first)
                 found |= {name: inputs.of_batch(value) for name, value in given.items()}
                 if not self._left_out(found):
                     break
         return found
+
+    def _run_padded(self, inputs: PaddedInputs, first: Callable[..., Any]) -> dict[str, Tensor]:
+        try:
+            return self._run(inputs.args, inputs.kwargs, first)
+        except Exception as error:
+            raise PartitionError(
+                f"`{self._path}` must get the masks of padded batches in every batch, so the model must run with a row "
+                f"that is padded beside the others, but raises {type(error).__name__}: {error}. Use attention that "
+                'always has masks (for Hugging Face: `attn_implementation="eager"`).'
+            ) from error
 
     def train(self, mode: bool = True) -> FirstBlock:
         """Set the mode of what runs, and of the containers around it."""

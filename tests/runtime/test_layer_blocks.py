@@ -257,6 +257,34 @@ def test_masks_may_say_what_is_padded_as_well_as_what_is_not() -> None:
         torch.testing.assert_close(boundaries[-1], model(**inputs))
 
 
+class Counting(Decoder):
+    """Takes as many pictures as rows, in a tensor of its own form."""
+
+    def forward(self, tokens: Any = None, attention_mask: Any = None, pictures: Any = None) -> Any:
+        assert pictures is not None
+        if pictures.numel() != len(tokens):
+            raise ValueError("rows and pictures do not match")
+        return self.head(self.body(tokens, attention_mask=attention_mask))
+
+
+def test_a_model_that_takes_no_further_row_is_cut_and_told_what_to_do_where_nothing_is_padded() -> None:
+    model = Counting().double()
+    model.body.leave_out_masks()
+    full = {"tokens": TOKENS, "attention_mask": torch.ones(4, 5), "pictures": torch.ones(2, 2)}
+    layer_blocks(model, "body.layers", full)
+    blocks = layer_blocks(model, "body.layers", {**full, "attention_mask": MASK})
+    assert "attention_mask" in call_block(blocks[0], {**full, "attention_mask": MASK})
+    with pytest.raises(PartitionError, match=r"`body.layers` must get the masks.*do not match.*attn_implementation"):
+        call_block(blocks[0], full)
+
+
+def test_boundaries_have_one_shape_with_and_without_padding() -> None:
+    pairs = DistilledDecoder(leaves_out=True).block_pairs
+    full = {**INPUTS, "attention_mask": torch.ones(4, 5)}
+    pairs.check_shapes(full, {})
+    assert pairs.boundary_bytes_per_row(full) == pairs.boundary_bytes_per_row(INPUTS)
+
+
 class Long(Decoder):
     """Hands masks to its layers for long rows alone."""
 
