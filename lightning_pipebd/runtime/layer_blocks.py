@@ -26,14 +26,13 @@ from lightning_pipebd.runtime.layer_calls import (
     HIDDEN,
     LastLayerReached,
     LayerCall,
-    LayerStack,
     containers,
     pack,
     until_last_layer,
-    watch_layers,
 )
 from lightning_pipebd.runtime.layer_masks import PADDINGS, PaddedInputs, find_masks, with_padded_rows
 from lightning_pipebd.runtime.layer_tail import TailStep, make_tail
+from lightning_pipebd.runtime.layer_watch import LayerStack, watch_layers
 from lightning_pipebd.runtime.side_effects import preserved_modes, preserved_random_states
 from lightning_pipebd.runtime.tracing import PartitionError
 
