@@ -7,50 +7,60 @@
 
 Block 0 runs the model's own ``forward``, up to what it hands to the last layer; the layers after the first only note
 how they are called. The boundary is a dictionary: the hidden state, and beside it all other tensors that any later
-layer gets (masks, rotary tables), which pass through the blocks unchanged.
+layer gets (masks, rotary tables), which pass through the blocks unchanged. It has the same form for every batch: masks
+that the model leaves out where nothing is padded are there, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_pipebd.runtime.layer_calls import (
     HIDDEN,
     LastLayerReached,
     LayerCall,
     containers,
+    pack,
     until_last_layer,
-    watch_layers,
 )
+from lightning_pipebd.runtime.layer_masks import PADDINGS, PaddedInputs, find_masks, with_padded_rows
+from lightning_pipebd.runtime.layer_tail import TailStep, make_tail
+from lightning_pipebd.runtime.layer_watch import LayerStack, watch_layers
+from lightning_pipebd.runtime.side_effects import preserved_modes, preserved_random_states
 from lightning_pipebd.runtime.tracing import PartitionError
 
 __all__ = ["FirstBlock", "LayerBlock", "layer_blocks"]
 
 
-def layer_blocks(model: nn.Module, layers: str, example: Any, *, tail: Sequence[str] = ()) -> list[nn.Module]:
+def layer_blocks(model: nn.Module, layers: str, example: Any, *, tail: Sequence[TailStep] = ()) -> list[nn.Module]:
     """Give a model's layers as blocks, for ``teacher_blocks`` and ``student_blocks``.
 
     For models whose ``forward`` cannot be cut at module paths, such as those of Hugging Face. A boundary is a
     dictionary of the hidden state and of the other tensors that layers get. The last layer gives the hidden state only.
 
     Args:
-        model: The model; run once on the example, up to its last layer, in evaluation mode and without gradient.
+        model: The model; run on the example in evaluation mode and without gradient, up to its last layer or tail, and
+            where it hands masks to its layers also with padding.
         layers: Path of the ``nn.ModuleList`` whose modules the model calls one after another, each on what the one
             before it gave. At least two.
         example: An input of the model: a tensor, a tuple of arguments or a dictionary of keyword arguments. Later
             batches must be of the same form; their shapes are free.
-        tail: Paths of modules that follow the last layer, each on what the one before it gave, such as the last norm
-            and the head: they make one more block.
+        tail: What follows the last layer, each on what the one before it gave: paths of modules, such as the last norm
+            and the head, and functions for what the model does between them. They make one more block.
 
     Returns:
         One block per layer, the first with all that comes before it, and one for the tail if there is one.
 
     Raises:
-        PartitionError: There is no such path, or the layers are not called so; the message names the layer.
+        PartitionError: There is no such path, or layers or tail are not called so; the message names the module.
+        TypeError: What stands in the tail is neither a path nor a function.
 
     Example:
         >>> import torch
@@ -75,11 +85,12 @@ def layer_blocks(model: nn.Module, layers: str, example: Any, *, tail: Sequence[
         (4, True)
     """
     stack = _find_layers(model, layers)
-    calls, before = watch_layers(model, layers, stack, example)
-    first = FirstBlock(model, layers, before, calls)
-    others = [LayerBlock(layer, call, is_last=layer is stack[-1]) for layer, call in zip(stack[1:], calls, strict=True)]
-    end = [nn.Sequential(*(_find(model, path) for path in tail))] if tail else []
-    return [first, *others, *end]
+    seen = watch_layers(model, layers, stack, example)
+    others = [
+        LayerBlock(layer, call, is_last=layer is stack[-1]) for layer, call in zip(stack[1:], seen.calls, strict=True)
+    ]
+    end = [make_tail(model, stack[-1], tail, example, partial(_find, model))] if tail else []
+    return [FirstBlock(model, layers, seen), *others, *end]
 
 
 class LayerBlock(nn.Module):
@@ -109,19 +120,20 @@ class FirstBlock(nn.Module):
     Args:
         model: The model, of which this block has the parts that it uses.
         layers: Path of the layers.
-        before: Modules that run before the first layer.
-        calls: How the model calls each layer but the first.
+        seen: How the model calls them.
     """
 
     _model: nn.Module
 
-    def __init__(self, model: nn.Module, layers: str, before: Sequence[nn.Module], calls: Sequence[LayerCall]) -> None:
+    def __init__(self, model: nn.Module, layers: str, seen: LayerStack) -> None:
         super().__init__()
         # Past nn.Module on purpose: registered, the whole model would be part of the block.
         self.__dict__["_model"] = model
         self._path = layers
-        self._calls = tuple(calls)
-        self.parts = nn.ModuleList([*before, _find_layers(model, layers)[0]])
+        self._calls = seen.calls
+        self._first_parts = seen.first_parts
+        self._passengers = tuple(dict.fromkeys(name for call in seen.calls for name in call.names if name != HIDDEN))
+        self.parts = nn.ModuleList([*seen.before, _find_layers(model, layers)[0]])
         for name, value in self._own_tensors(model):
             if isinstance(value, nn.Parameter):
                 self.register_parameter(name, value)
@@ -130,6 +142,29 @@ class FirstBlock(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Map the model's input to the first boundary."""
+        found = self._run(args, kwargs)
+        if self._left_out(found):
+            found = {**self._find_masks(args, kwargs), **found}
+        if left_out := self._left_out(found):
+            raise PartitionError(
+                f"`{self._path}` must get `{left_out[0]}` in every batch, as for the example, but the model leaves "
+                "it out. Hand the model a mask also where nothing is padded, or give an example like the "
+                "batches."
+            )
+        # In one order, also where masks were found apart.
+        return {name: found[name] for name in (HIDDEN, *self._passengers)}
+
+    def _left_out(self, found: Mapping[str, Tensor]) -> list[str]:
+        return [name for name in self._passengers if name not in found]
+
+    def _run(self, args: Any, kwargs: Any, first: Callable[..., Any] | None = None) -> dict[str, Tensor]:
+        """Run the model up to its last layer; give what the layers get.
+
+        Args:
+            args: Arguments of the model.
+            kwargs: Keyword arguments of the model.
+            first: What runs instead of the first layer.
+        """
         found: dict[str, Tensor] = {}
 
         def stand_in(call: LayerCall) -> Callable[..., Any]:
@@ -137,15 +172,49 @@ class FirstBlock(nn.Module):
                 found.update(call.read(args, kwargs))
                 if call is self._calls[-1]:
                     raise LastLayerReached
-                return call.pack(found[HIDDEN])
+                return pack(call.parts, found)
 
             return forward
 
-        layers = _find_layers(self._model, self._path)[1:]
-        with _replaced_forwards(layers, [stand_in(call) for call in self._calls]), until_last_layer():
+        forwards = [*([first] if first else []), *(stand_in(call) for call in self._calls)]
+        layers = _find_layers(self._model, self._path)[-len(forwards) :]
+        with _replaced_forwards(layers, forwards), until_last_layer():
             self._model(*args, **kwargs)
-        hidden = found.pop(HIDDEN)
-        return {HIDDEN: hidden, **found}
+        return found
+
+    def _find_masks(self, args: Any, kwargs: Any) -> dict[str, Tensor]:
+        """Give what the layers would get if a row were padded, for all rows.
+
+        Whether the model leaves masks out depends on all rows of a batch. With masks in every boundary, a row does not
+        depend on its neighbours, and ranks that load parts of a batch have boundaries of one form.
+        """
+        masks = find_masks(self._model, args, kwargs)
+        found: dict[str, Tensor] = {}
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            given = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            return pack(self._first_parts, {HIDDEN: given})
+
+        everything = [*self.modules(), *containers(self._model, self._path)]
+        with preserved_random_states(), torch.no_grad(), preserved_modes(everything):
+            self.eval()
+            for padding in PADDINGS if masks else ():
+                inputs = with_padded_rows(args, kwargs, masks, padding)
+                given = self._run_padded(inputs, first)
+                found |= {name: inputs.of_batch(value) for name, value in given.items()}
+                if not self._left_out(found):
+                    break
+        return found
+
+    def _run_padded(self, inputs: PaddedInputs, first: Callable[..., Any]) -> dict[str, Tensor]:
+        try:
+            return self._run(inputs.args, inputs.kwargs, first)
+        except Exception as error:
+            raise PartitionError(
+                f"`{self._path}` must get the masks of padded batches in every batch, so the model must run with a row "
+                f"that is padded beside the others, but raises {type(error).__name__}: {error}. Use attention that "
+                'always has masks (for Hugging Face: `attn_implementation="eager"`).'
+            ) from error
 
     def train(self, mode: bool = True) -> FirstBlock:
         """Set the mode of what runs, and of the containers around it."""

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_pipebd.runtime.blocks import CallableBlock, Partition, make_partition
 from lightning_pipebd.runtime.tracing import PartitionError
 
-__all__ = ["explicit_blocks"]
+__all__ = ["as_module", "explicit_blocks"]
 
 
 def explicit_blocks(
@@ -42,7 +42,7 @@ def explicit_blocks(
     if not blocks:
         msg = f"`{role}_blocks` must list at least one block, but is empty."
         raise PartitionError(msg)
-    modules = tuple(_to_module(block, f"`{role}_blocks[{index}]`") for index, block in enumerate(blocks))
+    modules = tuple(as_module(block, f"`{role}_blocks[{index}]`") for index, block in enumerate(blocks))
     known = {id(value) for value in (*model.parameters(), *model.buffers())}
     for index, module in enumerate(modules):
         foreign = [name for name, value in _named_tensors(module) if id(value) not in known]
@@ -56,7 +56,13 @@ def explicit_blocks(
     return make_partition(model, modules, None)
 
 
-def _to_module(block: Any, subject: str) -> nn.Module:
+def as_module(block: Any, subject: str) -> nn.Module:
+    """Give a block as a module.
+
+    Raises:
+        PartitionError: A plain function uses parameters.
+        TypeError: It is neither a module nor callable.
+    """
     if isinstance(block, nn.Module):
         return block
     if not callable(block):

@@ -136,6 +136,7 @@ def join_rows(pieces: Sequence[RowTree], rows: Rows) -> RowTree:
 
     Raises:
         LookupError: A row is in no piece.
+        ValueError: The rows have other shapes in one piece than in another.
     """
     for piece in pieces:
         if piece.rows == rows:
@@ -154,8 +155,20 @@ def join_rows(pieces: Sequence[RowTree], rows: Rows) -> RowTree:
         return taken[0]
     flags = _known(taken[0])
     leaves = zip(*(tree_leaves(piece.tree) for piece in taken), strict=True)
-    joined = [torch.cat(parts) if flag else parts[0] for flag, parts in zip(flags, leaves, strict=True)]
+    joined = [_join_leaf(parts, taken) if flag else parts[0] for flag, parts in zip(flags, leaves, strict=True)]
     return RowTree(rows, pytree.tree_unflatten(joined, pytree.tree_structure(taken[0].tree)), flags)
+
+
+def _join_leaf(parts: Sequence[Tensor], pieces: Sequence[RowTree]) -> Tensor:
+    shapes = {part.shape[1:]: piece.rows for part, piece in zip(parts, pieces, strict=True)}
+    if len(shapes) > 1:
+        each = " and ".join(f"{tuple(shape)} in rows {rows}" for shape, rows in shapes.items())
+        msg = (
+            f"`batch` must have rows of one shape, but they are {each}. Where several ranks load, each collates its "
+            "own rows: pad all batches to one length, or choose a plan in which one rank has the teacher's block 0."
+        )
+        raise ValueError(msg)
+    return torch.cat(tuple(parts))
 
 
 def holds_rows(pieces: Sequence[RowTree], rows: Rows) -> bool:

@@ -13,10 +13,15 @@ __all__ = ["Decoder", "DistilledDecoder", "Layer"]
 
 
 class Layer(nn.Module):
-    """Mixes the places that the mask lets it see; gives a tuple, as such layers do."""
+    """Mixes the places that the mask lets it see; gives a tuple, as such layers do.
 
-    def __init__(self, width: int, inner: int) -> None:
+    Without a mask it sees its own place, or all that come before if it completes masks (the near ones if it is odd).
+    """
+
+    def __init__(self, width: int, inner: int, index: int) -> None:
         super().__init__()
+        self.completes = False
+        self.is_odd = index % 2 == 1
         self.mix = nn.Linear(width, width)
         self.wide = nn.Linear(width, inner)
         self.narrow = nn.Linear(inner, width)
@@ -33,11 +38,20 @@ class Layer(nn.Module):
         assert position_embeddings is not None
         cosine, sine = position_embeddings
         mixed = self.mix(hidden_states * cosine + hidden_states.flip(-1) * sine)
+        if attention_mask is None and self.completes:
+            attention_mask = make_masks(mixed.new_ones(1, mixed.shape[1]))[self.is_odd]
         if attention_mask is not None:
             mixed = attention_mask @ mixed
         if kwargs.get("scale") is not None:
             mixed = mixed * kwargs["scale"]
         return hidden_states + self.narrow(torch.relu(self.wide(mixed))), None
+
+
+def make_masks(attention_mask: Tensor) -> list[Tensor]:
+    """Give how much each place sees of each other: of all before it, and of the near ones."""
+    length = attention_mask.shape[1]
+    seen = attention_mask.new_ones(length, length).tril() * attention_mask[:, None, :]
+    return [mask / mask.sum(-1, keepdim=True).clamp(min=1) for mask in (seen, seen.triu(-1))]
 
 
 class Body(nn.Module):
@@ -51,21 +65,27 @@ class Body(nn.Module):
         self.dropout = nn.Dropout(0.1)
         self.begin = nn.Parameter(torch.randn(width))
         self.register_buffer("offset", torch.randn(width))
-        self.layers = nn.ModuleList(Layer(width, inner) for _ in range(num_layers))
+        self.layers = nn.ModuleList(Layer(width, inner, index) for index in range(num_layers))
         self.norm = nn.LayerNorm(width)
         self.cache: Any = None
         self.is_reversed = False
+        self.leaves_out = False
+
+    def leave_out_masks(self) -> None:
+        """Hand no masks to the layers where nothing is padded."""
+        self.leaves_out = True
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.completes = True
 
     def forward(self, tokens: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Give the last hidden states."""
         assert tokens is not None
         length = tokens.shape[1]
         angles = torch.arange(length, dtype=self.begin.dtype)[None, :, None] / 7
-        masks = [None, None]
-        if attention_mask is not None:
-            seen = torch.ones(length, length, dtype=self.begin.dtype).tril() * attention_mask[:, None, :]
-            near = seen.triu(-1)
-            masks = [mask / mask.sum(-1, keepdim=True).clamp(min=1) for mask in (seen, near)]
+        masks: list[Any] = [None, None]
+        if attention_mask is not None and not (self.leaves_out and bool(attention_mask.all())):
+            masks = list(make_masks(attention_mask.to(self.begin)))
         scale = angles.new_ones(1) * 0.5
         hidden = self.dropout(self.embed(tokens)) + self.begin + self.offset
         for index, layer in enumerate(reversed(self.layers) if self.is_reversed else self.layers):
@@ -100,10 +120,13 @@ class Decoder(nn.Module):
 class DistilledDecoder(BlockwiseDistillationModule):
     """Learns a decoder's layers, last norm and head."""
 
-    def __init__(self, dropout: float = 0.1) -> None:
+    def __init__(self, dropout: float = 0.1, *, leaves_out: bool = False) -> None:
         torch.manual_seed(5)
         teacher, student = Decoder(), Decoder(inner=4)
         student.body.dropout.p = dropout
+        if leaves_out:
+            teacher.body.leave_out_masks()
+            student.body.leave_out_masks()
         example = {"tokens": torch.zeros(2, 5, dtype=torch.long), "attention_mask": torch.ones(2, 5)}
         cut = [layer_blocks(model, "body.layers", example, tail=["body.norm", "head"]) for model in (teacher, student)]
         super().__init__(teacher, student, teacher_blocks=cut[0], student_blocks=cut[1])

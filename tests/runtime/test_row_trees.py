@@ -140,6 +140,11 @@ class TestJoining:
         with pytest.raises(ValueError, match=r"longer|shorter"):
             join_rows([piece(0, 2), other], Rows(0, 4))
 
+    def test_rows_of_other_lengths_do_not_join(self) -> None:
+        parts = [RowTree(Rows(row, row + 2), torch.zeros(2, 5 + row), (True,)) for row in (0, 2)]
+        with pytest.raises(ValueError, match=r"rows of one shape.*\(5,\) in rows 0:2 and \(7,\) in rows 2:4.*pad all"):
+            join_rows(parts, Rows(0, 4))
+
     def test_cutting_what_is_unknown_is_our_own_mistake(self) -> None:
         with pytest.raises(AssertionError, match="row leaves are unknown"):
             take_rows(RowTree(Rows(0, 4), torch.zeros(4)), Rows(0, 2))
