@@ -21,8 +21,7 @@ from lightning_pipebd.runtime.block_pairs import pair_blocks
 from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.compiling import compile_options
 from lightning_pipebd.runtime.momentum import Buffers
-from lightning_pipebd.runtime.random_streams import random_stream, stream_key
-from lightning_pipebd.runtime.random_use import PythonDrawing
+from lightning_pipebd.runtime.random_use import KnownDraws, block_stream
 from lightning_pipebd.runtime.row_trees import count_rows
 
 __all__ = ["BlockwiseDistillationModule"]
@@ -121,7 +120,7 @@ class BlockwiseDistillationModule(BlockPairsModule):
             block: resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
         }
         self._still: set[int] = set()
-        self._python_drawing = PythonDrawing()
+        self._known_draws = KnownDraws()
         self.compile_options = compile_options(compile)
         self._teacher_calls = BlockCalls(pairs.teacher, "teacher", self.compile_options)
         self._student_calls = BlockCalls(pairs.student, "student", self.compile_options)
@@ -182,9 +181,9 @@ class BlockwiseDistillationModule(BlockPairsModule):
         if self.finite_guard.keeps_buffers:
             self.finite_guard.before_block(block, self.block_buffers(block))
         epoch = self.trainer.current_epoch
-        key = stream_key(self.random_seed, epoch, batch_idx, block, first_row)
-        may_draw = self._python_drawing.may_draw(block, epoch, self._modules_of)
-        with random_stream(key, self.device, with_python=may_draw):
+        draws = self._known_draws.of(block, epoch, self._modules_of)
+        coordinates = (self.random_seed, epoch, batch_idx, block, first_row)
+        with block_stream(draws, coordinates, self.device):
             loss = self._rate(block, boundary, teacher_output, targets)
         # With gradients until here: by them a loss tells hidden states from masks.
         loss = loss.detach() if block in self._frozen else loss
@@ -278,10 +277,10 @@ class BlockwiseDistillationModule(BlockPairsModule):
         noted = self.finite_guard.noted_blocks
         self._still.clear()
         if noted and getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            step = self.trainer.global_step
             for block in noted:
                 name = self.block_pairs.names[block]
                 buffers = self.block_buffers(block) if self.finite_guard.keeps_buffers else []
-                step = self.trainer.global_step
                 if not self.finite_guard.check(block, name, self.block_parameters(block), buffers, step):
                     self._still.add(block)
         if not gradient_clip_val:

@@ -98,13 +98,13 @@ class FiniteGuard:
         """
         loss = self._losses.pop(block, None)
         kept = self._buffers.pop(block, [])
-        gradients = [_values(parameter.grad) for parameter in parameters if parameter.grad is not None]
-        gradients = [gradient for gradient in gradients if gradient.numel()]
+        gradients = [_values(gradient) for own in parameters if (gradient := own.grad) is not None]
         if block in self.stopped:
             _undo(parameters, buffers, kept)
             return False
-        if all(gradient.device.type == "cpu" and math.isfinite(gradient.sum().item()) for gradient in gradients):
+        if all(gradient.is_cpu and math.isfinite(gradient.sum().item()) for gradient in gradients):
             return True
+        gradients = [gradient for gradient in gradients if gradient.numel()]
         # What is on a device must not be read now, and a sum may overflow where no element does.
         finite = torch.stack([_is_finite(gradient) for gradient in gradients]).all()
         loss_flag = torch.ones_like(finite) if loss is None else torch.isfinite(loss).all().to(finite.device)

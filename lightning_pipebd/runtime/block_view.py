@@ -65,7 +65,9 @@ class BlockCode:
     @property
     def globals(self) -> list[Any]:
         """Functions, modules and constants that the operations name."""
-        return list(self._globals.values())
+        # torch.fx adds some that code may need, such as `torch`.
+        used = self._function.__code__.co_names
+        return [value for name, value in self._globals.items() if name in used]
 
     def is_same(self, other: BlockCode) -> bool:
         """Say whether two codes do the same."""

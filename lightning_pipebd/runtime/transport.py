@@ -175,8 +175,11 @@ class ProcessGroupTransport(Transport):
         self._timeout = timeout
         self._use_nccl = device.type == "cuda" and not share_device
         everyone = list(range(self.num_ranks))
-        self._messages: Any = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
         self._control: Any = dist.new_group(everyone, timeout=timeout, backend="gloo")
+        # Each group has a thread that wakes a hundred times a second; a rank alone has nobody to send to.
+        self._messages: Any = self._control
+        if self.num_ranks > 1:
+            self._messages = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
         self._edges: dict[tuple[int, int], Any] = {}
         self._groups: dict[tuple[int, ...], Any] = {}
         self._sent: dict[tuple[int, Lane], LayoutBook] = {}
