@@ -45,11 +45,12 @@ WORKLOADS = {"tiny": (16, 16, 150), "10 ms": (512, 448, 20)}  # width, rows, ste
 _ANSWER = "overhead: "
 
 
-def make_models(width: int) -> tuple[nn.Sequential, nn.Sequential]:
-    """Give teacher and student of equal blocks."""
+def make_models(width: int, *layers: nn.Module) -> tuple[nn.Sequential, nn.Sequential]:
+    """Give teacher and student of equal blocks, each with further layers at its end."""
 
     def make() -> nn.Sequential:
-        return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(NUM_BLOCKS)))
+        blocks = (nn.Sequential(nn.Linear(width, width), nn.ReLU(), *layers) for _ in range(NUM_BLOCKS))
+        return nn.Sequential(*blocks)
 
     seed_everything(0, verbose=False)
     return make(), make()
@@ -78,9 +79,9 @@ class Clock(Callback):
 class ByHand(LightningModule):
     """The same training as a plain LightningModule."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, teacher: nn.Sequential, student: nn.Sequential) -> None:
         super().__init__()
-        teacher, self.student = make_models(width)
+        self.student = student
         self._teacher = [teacher.eval().requires_grad_(False)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -93,9 +94,9 @@ class ByHand(LightningModule):
 class Distil(BlockwiseDistillationModule):
     """Equal blocks, mean squared error."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, teacher: nn.Sequential, student: nn.Sequential) -> None:
         paths = [str(index) for index in range(NUM_BLOCKS)]
-        super().__init__(*make_models(width), dict(zip(paths, paths, strict=True)))
+        super().__init__(teacher, student, dict(zip(paths, paths, strict=True)))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.student.parameters(), lr=1e-3)
@@ -137,9 +138,8 @@ def loop_by_hand(workload: str) -> Clock:
     return clock
 
 
-def fit(workload: str, make: Callable[[int], LightningModule], strategy: str) -> Clock:
+def fit(module: LightningModule, strategy: str, loader: DataLoader[Any], clock: Clock) -> None:
     """Train with a Trainer that does nothing else."""
-    clock = Clock()
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -151,15 +151,21 @@ def fit(workload: str, make: Callable[[int], LightningModule], strategy: str) ->
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(make(WORKLOADS[workload][0]), make_loader(workload))
+    trainer.fit(module, loader)
+
+
+def train(workload: str, make: Callable[[nn.Sequential, nn.Sequential], LightningModule], strategy: str) -> Clock:
+    """Train a turn."""
+    clock = Clock()
+    fit(make(*make_models(WORKLOADS[workload][0])), strategy, make_loader(workload), clock)
     return clock
 
 
 VARIANTS: dict[str, Callable[[str], Clock]] = {
     "by hand": loop_by_hand,
-    "Lightning": lambda workload: fit(workload, ByHand, "auto"),
-    "module": lambda workload: fit(workload, Distil, "auto"),
-    "pipebd": lambda workload: fit(workload, Distil, "pipebd"),
+    "Lightning": lambda workload: train(workload, ByHand, "auto"),
+    "module": lambda workload: train(workload, Distil, "auto"),
+    "pipebd": lambda workload: train(workload, Distil, "pipebd"),
 }
 
 
