@@ -10,8 +10,10 @@ from lightning.pytorch.plugins import Precision
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_pipebd.loaded_boundaries import load_boundaries
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.runtime.row_trees import RowTree
 from lightning_pipebd.scaling import BlockScalers
 
 __all__ = ["BlockJobs", "step_context"]
@@ -45,6 +47,11 @@ class BlockJobs:
         self.optimizer: Optimizer | None = None
         self.batch_idx = 0
         self.num_accumulated = 1
+
+    def load(self, batch: Any, rows: Rows) -> dict[int, RowTree]:
+        """Give what a program starts from, of a batch that holds some rows."""
+        with self._context():
+            return load_boundaries(self._module, batch, rows)
 
     def teach(self, block: int, boundary: Any) -> Any:
         """Give the next boundary."""

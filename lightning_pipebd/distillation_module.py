@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_pipebd.lightning_internals.module import StagedBatchModule
 from lightning_pipebd.other_lightning import refuse_other_trainer
+from lightning_pipebd.runtime.layouts import without_gaps
 
 __all__ = ["DistillationModule"]
 
@@ -47,6 +48,11 @@ class DistillationModule(StagedBatchModule):
         if isinstance(batch, (tuple, list)) and len(batch) == 1:
             return batch[0], None
         return batch, None
+
+    def take_apart(self, batch: Any) -> tuple[Any, Any]:
+        """Give what :meth:`unpack_batch` makes of a batch, as it would arrive at another rank."""
+        inputs, targets = self.unpack_batch(batch)
+        return without_gaps(inputs), without_gaps(targets)
 
     @override
     def forward(self, *args: Any, **kwargs: Any) -> Any:

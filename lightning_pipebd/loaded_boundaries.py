@@ -23,7 +23,7 @@ def load_boundaries(module: BlockwiseDistillationModule, batch: Any, rows: Rows)
     Raises:
         ValueError: The batch has another number of rows than were loaded, or no labels.
     """
-    inputs, targets = module.unpack_batch(batch)
+    inputs, targets = module.take_apart(batch)
     loaded = {0: check_rows(inputs, rows)}
     if module.target_blocks:
         if targets is None:

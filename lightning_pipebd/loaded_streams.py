@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from lightning_pipebd.data_position import RandomMoment
@@ -10,6 +11,7 @@ from lightning_pipebd.loaded_boundaries import check_rows
 from lightning_pipebd.pipeline_data import AheadBatch
 from lightning_pipebd.planning.pipeline_program import Stream
 from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.runtime.layouts import without_gaps
 from lightning_pipebd.runtime.row_trees import RowTree, leading_row_leaves
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
@@ -24,14 +26,21 @@ class LoadedStreams:
     Args:
         module: Unpacks batches.
         to_device: Brings a batch to this rank's device.
+        step_context: The context of a training step under the trainer's precision.
 
     Attributes:
         before_next: The random states before the next batch was unpacked; ``None`` if it was not.
     """
 
-    def __init__(self, module: TeacherStudentModule, to_device: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        module: TeacherStudentModule,
+        to_device: Callable[[Any], Any],
+        step_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._module = module
         self._to_device = to_device
+        self._step_context = step_context
         self._unpacked: tuple[Any, Any] | None = None
         self.before_next: RandomMoment | None = None
 
@@ -46,7 +55,7 @@ class LoadedStreams:
         Raises:
             ValueError: The batch has another number of rows than were loaded.
         """
-        unpacked = self._unpacked if is_taught and self._unpacked else self._module.unpack_batch(batch)
+        unpacked = self._unpacked if is_taught and self._unpacked else self._unpack(batch)
         self._unpacked = None
         return self._streams(unpacked, num_rows, is_taught=is_taught)
 
@@ -60,13 +69,19 @@ class LoadedStreams:
         if batch is None:
             return {}
         self.before_next = RandomMoment.now(())
-        self._unpacked = self._module.unpack_batch(self._to_device(batch))
+        self._unpacked = self._unpack(self._to_device(batch))
         return self._streams(self._unpacked, batch.num_rows, is_taught=False)
+
+    def _unpack(self, batch: Any) -> tuple[Any, Any]:
+        with self._step_context():
+            return self._module.take_apart(batch)
 
     def _streams(self, unpacked: tuple[Any, Any], num_rows: int, *, is_taught: bool) -> dict[Stream, RowTree]:
         (inputs, targets), rows = unpacked, Rows(0, num_rows)
         streams = {Stream.HIDDEN: check_rows(inputs, rows)}
         if not is_taught:
-            streams[Stream.BOUNDARY] = check_rows(self._module.teacher_inputs(inputs), rows)
+            with self._step_context():
+                taught = without_gaps(self._module.teacher_inputs(inputs))
+            streams[Stream.BOUNDARY] = check_rows(taught, rows)
         streams[Stream.TARGETS] = RowTree(rows, targets, leading_row_leaves(targets, num_rows))
         return streams

@@ -206,7 +206,7 @@ class BlockwiseDistillationModule(BlockPairsModule):
         Args:
             batch: What a loader yields.
         """
-        boundary, targets = self.unpack_batch(batch)
+        boundary, targets = self.take_apart(batch)
         losses = []
         # With gradients, though none is used: by them a loss tells hidden states from masks.
         with torch.enable_grad():
@@ -230,7 +230,7 @@ class BlockwiseDistillationModule(BlockPairsModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Train all blocks on one batch, in order; a strategy that knows plans does not call this."""
-        boundary, targets = self.unpack_batch(batch)
+        boundary, targets = self.take_apart(batch)
         num_rows = count_rows(boundary)
         losses: list[Tensor] = []
         for block in range(self.num_blocks):

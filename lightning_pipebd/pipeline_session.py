@@ -85,7 +85,7 @@ class PipelineSession(FitSession):
         self._staged: tuple[Announced, Any, int] | None = None
         self._taught: tuple[object, int] | None = None
         self._train_loader: AheadLoader | AheadHeaderLoader | None = None
-        self._streams = LoadedStreams(module, strategy.batch_to_device)
+        self._streams = LoadedStreams(module, strategy.batch_to_device, strategy.precision_plugin.train_step_context)
         self._life = ExitStack()
 
     # Life.

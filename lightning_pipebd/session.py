@@ -24,7 +24,6 @@ from lightning_pipebd.fit_session import FitSession
 from lightning_pipebd.lifeline import watch_plan
 from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
 from lightning_pipebd.lightning_internals.trainer import seed_workers
-from lightning_pipebd.loaded_boundaries import load_boundaries
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.placement import BlockPlacement
 from lightning_pipebd.planning.compiler import compile_programs
@@ -282,7 +281,7 @@ class TrainingSession(FitSession):
         self._jobs.optimizer, self._jobs.batch_idx = optimizer, batch_idx
         self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
         with self.progress.program(self.num_steps, num_rows, is_update=update):
-            loaded = {} if rows.is_empty else load_boundaries(self._module, batch, rows)
+            loaded = {} if rows.is_empty else self._jobs.load(batch, rows)
             losses = self._executor.run(program, self.num_steps, loaded)
         self.num_steps += 1
         if update:

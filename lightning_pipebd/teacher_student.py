@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from lightning_pipebd.model_cuts_module import ModelCutsModule
 from lightning_pipebd.runtime.block_calls import BlockCalls
+from lightning_pipebd.runtime.layouts import keep_gradient_layouts, without_gaps
 from lightning_pipebd.runtime.model_cuts import cut_models
 from lightning_pipebd.runtime.momentum import Buffers, check_momentum
 from lightning_pipebd.runtime.random_streams import random_stream, stream_key
@@ -177,7 +178,7 @@ class TeacherStudentModule(ModelCutsModule):
 
         self.step_guard.before_block(block, lambda: self._student_buffers(block))
         with self._stream(batch_idx, block, first_row):
-            return self._for_views(call, boundary)
+            return without_gaps(self._for_views(call, boundary))
 
     def loss_terms(
         self, student_output: Any, teacher_output: Any, targets: Any, *, batch_idx: int, first_row: int = 0
@@ -232,15 +233,16 @@ class TeacherStudentModule(ModelCutsModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Train on one batch; a strategy that knows plans does not call this."""
-        inputs, targets = self.unpack_batch(batch)
+        inputs, targets = self.take_apart(batch)
         num_rows = count_rows(inputs)
-        taught, studied = self.teacher_inputs(inputs), inputs
+        taught, studied = without_gaps(self.teacher_inputs(inputs)), inputs
         # With data-parallel replicas, each draws as if its rows followed those of the one before.
         first_row = self.global_rank * num_rows
         for block in range(self.num_teacher_blocks):
             taught = self.teach(block, taught)
         for block in range(self.num_student_blocks):
             studied = self.study(block, studied, batch_idx=batch_idx, first_row=first_row)
+            keep_gradient_layouts(studied)
         terms = self.loss_terms(studied, taught, targets, batch_idx=batch_idx, first_row=first_row)
         values = self.metrics({name: term.detach() for name, term in terms.items()} | self.rate())
         self.log_dict(values, prog_bar=True, on_step=True, on_epoch=False, batch_size=num_rows)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_pipebd.runtime.compiling import compiled_block
+from lightning_pipebd.runtime.layouts import without_gaps
 from lightning_pipebd.runtime.partition import Partition, call_block
 
 __all__ = ["BlockCalls"]
@@ -39,7 +40,7 @@ class BlockCalls:
         return self.__dict__ | {"_compiled": {}}
 
     def __call__(self, block: int, boundary: Any) -> Any:
-        """Give the next boundary.
+        """Give the next boundary, without gaps in memory, as it would arrive at another rank.
 
         Raises:
             RuntimeError: The block changes its input now, but did not do so when it was first called.
@@ -54,7 +55,7 @@ class BlockCalls:
             raise RuntimeError(msg)
         if known is None:
             self._modifies_input[block] = has_changed
-        return output
+        return without_gaps(output)
 
     def _call(self, block: int, boundary: Any) -> Any:
         if self._compile_options is None:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["LayoutBook", "TensorLayout", "describe", "flatten", "flatten_tree", "restore_tree"]
+__all__ = [
+    "LayoutBook",
+    "TensorLayout",
+    "describe",
+    "flatten",
+    "flatten_tree",
+    "keep_gradient_layouts",
+    "restore_tree",
+    "without_gaps",
+]
 
 _NUM_LAYOUTS = 128
 _LEAF = 0
@@ -46,10 +56,53 @@ def describe(tensor: Tensor) -> tuple[Tensor, TensorLayout]:
     A permuted tensor keeps its order in memory (``channels_last``): kernels may add in another order for another
     one, and blocks on two ranks shall compute what they compute on one.
     """
-    dense = tensor.detach().resolve_conj().resolve_neg()
-    if not dense.is_contiguous() and torch.empty_like(dense, device="meta").stride() != dense.stride():
-        dense = dense.contiguous()
+    dense = _without_gaps(tensor.detach().resolve_conj().resolve_neg())
     return dense, TensorLayout(tuple(dense.shape), dense.stride(), dense.dtype, dense.is_cuda)
+
+
+def without_gaps(tree: Any) -> Any:
+    """Give a tree whose tensors lie densely in memory, copied only where they must be; gradients pass.
+
+    That is what arrives at another rank. A slice (``x[:, :8]``) keeps the strides of the whole on the rank that made it,
+    and kernels add in another order for other strides: a block must get the same on both.
+
+    Example:
+        >>> without_gaps(torch.zeros(4, 6)[:, :2]).stride(), without_gaps(torch.zeros(4, 6).t()).stride()
+        ((2, 1), (1, 6))
+    """
+    if isinstance(tree, Tensor):
+        return _without_gaps(tree)
+    leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if all(map(_is_dense, leaves)):
+        return tree
+    return pytree.tree_map_only(Tensor, _without_gaps, tree)
+
+
+def keep_gradient_layouts(tree: Any) -> None:
+    """Have the gradients of a tree's tensors come in the order in memory of the tensors themselves.
+
+    So they do where a graph is cut, at a leaf; within one graph they come as the next operation left them.
+    """
+    for leaf in [tree] if isinstance(tree, Tensor) else pytree.tree_leaves(tree):
+        if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.layout is torch.strided:
+            leaf.register_hook(partial(_in_layout, leaf.stride()))
+
+
+def _in_layout(strides: tuple[int, ...], gradient: Tensor) -> Tensor:
+    if gradient.stride() == strides:
+        return gradient
+    ordered = torch.empty_strided(gradient.shape, strides, dtype=gradient.dtype, device=gradient.device)
+    return ordered.copy_(gradient)
+
+
+def _without_gaps(tensor: Tensor) -> Tensor:
+    return tensor if _is_dense(tensor) else tensor.contiguous()
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_contiguous():
+        return True
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def flatten(dense: Tensor) -> Tensor:
