@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,12 +14,14 @@ from torch.optim import Optimizer
 
 from lightning_pipebd.callbacks import BlockMetrics
 from lightning_pipebd.checkpoint import PrunedOptimizer
+from lightning_pipebd.clipping import trained_ids
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.fit_callbacks import add_callback, remove_callback
 from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
 from lightning_pipebd.placement import Placement
 from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.freed_memory import give_memory_back, keep_freed_memory
+from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor
 from lightning_pipebd.runtime.progress import Progress
@@ -50,6 +53,7 @@ class FitSession:
 
     _executor: Executor | PipelineExecutor
     _step_report: StepPace[Any] | None = None
+    _reducer: GradientReducer | None = None
 
     def __init__(
         self,
@@ -181,6 +185,8 @@ class FitSession:
         """Leave this rank's parameters in the optimizers."""
         for optimizer in optimizers:
             self._pruned[id(optimizer)] = self.placement.prune(optimizer)
+            if self._reducer is not None:
+                self._reducer.trained = partial(trained_ids, optimizer)
 
     def pruned_optimizer(self, optimizer: Optimizer) -> PrunedOptimizer:
         """Give what is known of an optimizer's layout; Lightning may pass its own wrapper of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning_pipebd.data_position import RandomMoment
@@ -36,7 +36,7 @@ class LoadedStreams:
         self,
         module: TeacherStudentModule,
         to_device: Callable[[Any], Any],
-        step_context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        step_context: Callable[[], AbstractContextManager[None]],
     ) -> None:
         self._module = module
         self._to_device = to_device

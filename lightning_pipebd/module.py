@@ -10,13 +10,15 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from lightning_pipebd.block_momentum import BlockMomentum, first_teacher
 from lightning_pipebd.block_pairs_module import BlockPairsModule
+from lightning_pipebd.clipping import check_clipping, trained_ids
 from lightning_pipebd.lightning_internals.module import log_again
 from lightning_pipebd.losses import BLOCK_LOSSES, resolve_loss
-from lightning_pipebd.runtime.block_calls import BlockCalls
+from lightning_pipebd.runtime.block_calls import BlockCalls, versions_of
 from lightning_pipebd.runtime.block_pairs import pair_blocks
 from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.compiling import compile_options
@@ -206,10 +208,10 @@ class BlockwiseDistillationModule(BlockPairsModule):
         Args:
             batch: What a loader yields.
         """
-        boundary, targets = self.take_apart(batch)
         losses = []
         # With gradients, though none is used: by them a loss tells hidden states from masks.
-        with torch.enable_grad():
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            boundary, targets = self.take_apart(pytree.tree_map_only(Tensor, _out_of_inference, batch))
             for block in range(self.num_blocks):
                 teacher_output = self.teach(block, boundary)
                 losses.append(self._rate(block, boundary, teacher_output, targets).detach())
@@ -217,13 +219,22 @@ class BlockwiseDistillationModule(BlockPairsModule):
         return losses
 
     def _rate(self, block: int, boundary: Any, teacher_output: Any, targets: Any) -> Tensor:
+        shared = (boundary, teacher_output)
+        versions = versions_of(shared)
         if f"input_{block}" in self.adapters:
             boundary = self.adapters[f"input_{block}"](boundary)
         output = self._student_calls(block, boundary)
         if f"output_{block}" in self.adapters:
             output = self.adapters[f"output_{block}"](output)
         wanted = targets if block in self.target_blocks else None
-        return self.block_loss(block, output, target_of(teacher_output), wanted)
+        loss = self.block_loss(block, output, target_of(teacher_output), wanted)
+        if versions_of(shared) != versions:
+            raise RuntimeError(
+                f"The loss of block {block} and its input adapter must leave the teacher's boundaries as they are, "
+                "because other blocks and ranks use them, but one was changed in place. Use operations that give a new "
+                "tensor: `x / 2` instead of `x.div_(2)`, `inplace=False`."
+            )
+        return loss
 
     # Lightning's hooks: the reference, block after block in one process.
 
@@ -277,19 +288,26 @@ class BlockwiseDistillationModule(BlockPairsModule):
         noted = self.finite_guard.noted_blocks
         self._still.clear()
         if noted and getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            step = self.trainer.global_step
+            step, trained = self.trainer.global_step, trained_ids(optimizer)
             for block in noted:
                 name = self.block_pairs.names[block]
+                parameters = [parameter for parameter in self.block_parameters(block) if id(parameter) in trained]
                 buffers = self.block_buffers(block) if self.finite_guard.keeps_buffers else []
-                if not self.finite_guard.check(block, name, self.block_parameters(block), buffers, step):
+                if not self.finite_guard.check(block, name, parameters, buffers, step):
                     self._still.add(block)
         if not gradient_clip_val:
             return
+        check_clipping(self.trainer.precision_plugin, optimizer)
+        trained = trained_ids(optimizer)
         for block in range(self.num_blocks):
-            parameters = [parameter for parameter in self.block_parameters(block) if parameter.grad is not None]
+            parameters = [own for own in self.block_parameters(block) if own.grad is not None and id(own) in trained]
             if not parameters:
                 continue
             if str(gradient_clip_algorithm or "norm").lower().endswith("value"):
                 nn.utils.clip_grad_value_(parameters, gradient_clip_val)
             else:
                 nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
+
+
+def _out_of_inference(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor

@@ -53,7 +53,7 @@ class FiniteGuard:
             raise ValueError(f"`on_nonfinite` must be one of {words}, but is {policy!r}. Choose one of them.")
         self._policy = policy
         self.stopped: dict[int, int] = {}
-        self._losses: dict[int, Tensor] = {}
+        self._losses: dict[int, Tensor | None] = {}
         self._buffers: dict[int, list[Tensor]] = {}
         self._under_way: list[_Flags] = []
         self._warned: set[int] = set()
@@ -78,6 +78,10 @@ class FiniteGuard:
         # One that is not finite stays so in a sum.
         known = self._losses.get(block)
         self._losses[block] = loss.detach() if known is None else known + loss.detach()
+
+    def note_block(self, block: int) -> None:
+        """Remember a block that other ranks may have run: this one takes their gradients, and must judge as they do."""
+        self._losses.setdefault(block, None)
 
     def check(
         self, block: int, name: str, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor], step: int

@@ -116,12 +116,13 @@ class PipelineSession(FitSession):
         if is_cut or self._plan.replicas > 1:
             models = {block: student_modules(self._module)[block] for block in replica.blocks}
             self._jobs.norms = DeferredNorms(models, replica.share if self._plan.replicas > 1 else None) or None
+        self._reducer = replica.reducer(self._module)
         self._executor = PipelineExecutor(
             self._jobs,
             self._relay,
             num_teacher_blocks=self._module.num_teacher_blocks,
             num_student_blocks=self._module.num_student_blocks,
-            reducer=replica.reducer(self._module),
+            reducer=self._reducer,
         )
         self._module.follow_in_plan, self._module.clip_in_plan = self._follow, self._clip
         self._module.step_guard.agree = self._agree

@@ -122,10 +122,11 @@ class TrainingSession(FitSession):
             self._strategy.precision_plugin, parameters, self._strategy.root_device, self._transport
         )
         self._jobs = BlockJobs(self._module, self._strategy.precision_plugin, self.scalers)
+        self._reducer = GradientReducer(self._transport, parameters)
         self._executor = Executor(
             self._jobs,
             self._relay,
-            GradientReducer(self._transport, parameters),
+            self._reducer,
             cuts_rows=self._plan.has_split_students or self._plan.has_split_teachers,
         )
         self._watcher = watch_plan(
@@ -285,6 +286,8 @@ class TrainingSession(FitSession):
             losses = self._executor.run(program, self.num_steps, loaded)
         self.num_steps += 1
         if update:
+            for block in self._learned:
+                self._module.finite_guard.note_block(block)
             self.scalers.unscale()
         self._metrics.record(losses, num_rows)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_pipebd.clipping import check_clipping
 from lightning_pipebd.model_cuts_module import ModelCutsModule
 from lightning_pipebd.runtime.block_calls import BlockCalls
 from lightning_pipebd.runtime.layouts import keep_gradient_layouts, without_gaps
@@ -281,6 +282,7 @@ class TeacherStudentModule(ModelCutsModule):
             self._is_skipped = not self.step_guard.allows(parameters, self._student_buffers, step)
         is_by_value = str(gradient_clip_algorithm or "norm").lower().endswith("value")
         if self.clip_in_plan is not None and gradient_clip_val and not is_by_value:
+            check_clipping(self.trainer.precision_plugin, optimizer)
             self.clip_in_plan(optimizer, float(gradient_clip_val))
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -340,6 +341,31 @@ def test_an_operation_in_place_at_the_start_of_a_block_changes_no_boundary() -> 
     assert_equal(seen, boundaries[1:] * 2)
 
 
+def test_a_loss_that_changes_the_teachers_output_is_refused() -> None:
+    class InPlace(LinearModule):
+        def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:
+            return nn.functional.mse_loss(student_output, teacher_output.div_(2))
+
+    with pytest.raises(RuntimeError, match="The loss of block 0 and its input adapter must leave the teacher's bound"):
+        fit(InPlace(), [torch.randn(4, 6)], max_steps=1)
+
+
+def test_an_input_adapter_that_changes_the_teachers_boundary_is_refused() -> None:
+    adapter = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(5, 5))
+    module = Pair(linear(6, 5, 5), linear(6, 5, 5), {"0": "0", "1": "1"}, input_adapters={"1": adapter})
+    with pytest.raises(RuntimeError, match=r"The loss of block 1 .* `inplace=False`"):
+        fit(module, [torch.randn(4, 6)], max_steps=1)
+
+
+def test_blocks_are_rated_in_inference_mode_and_trained_afterwards() -> None:
+    module = make_module("conv")
+    batch = next(iter(make_loader(module, 4, 4)))
+    with torch.inference_mode():
+        rated = module.rate_blocks(tuple(leaf.clone() for leaf in batch))
+    assert all(loss.isfinite() for loss in rated)
+    fit(module, [batch], max_steps=1)
+
+
 def test_a_block_that_begins_to_change_its_input_is_reported() -> None:
     class Moody(nn.Module):
         is_rude = False
@@ -396,8 +422,28 @@ def test_gradients_are_clipped_block_by_block(algorithm: str, expected: list[flo
     weight.grad, other.grad = torch.full_like(weight, 3.0), torch.zeros_like(other)
     other.grad[0, 0] = 0.25
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module.trainer = Trainer(logger=False, accelerator="cpu")
     module.configure_gradient_clipping(optimizer, 0.5, algorithm)
     assert [weight.grad.norm().item(), other.grad.norm().item()] == pytest.approx(expected, rel=1e-4)
+
+
+def test_gradients_that_the_optimizer_does_not_use_count_for_nothing() -> None:
+    module = Pair(linear(6, 5, 5), linear(6, 5, 5), {"0": "0", "1": "1"})
+    trained, left_out = module.student[0].bias, module.student[0].weight
+    trained.grad, left_out.grad = torch.full_like(trained, 0.1), torch.full_like(left_out, 100.0)
+    module.trainer = Trainer(logger=False, accelerator="cpu")
+    module.configure_gradient_clipping(torch.optim.SGD([trained], lr=0.1), 0.5, "norm")
+    assert_equal([trained.grad, left_out.grad], [torch.full_like(trained, 0.1), torch.full_like(left_out, 100.0)])
+
+
+def test_gradients_with_a_loss_scale_are_not_clipped() -> None:
+    class Fused(LinearModule):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.trainable_parameters(), fused=True)
+
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
+    with pytest.raises(ValueError, match=r"`gradient_clip_val` must be left out .* AdamW\(fused=True\)"):
+        fit(Fused(), plugins=[plugin], gradient_clip_val=0.5)
 
 
 def test_no_clipping_leaves_gradients_alone() -> None:

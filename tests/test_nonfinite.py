@@ -159,3 +159,34 @@ def test_by_default_the_run_ends_with_block_and_step(tmp_path: Path) -> None:
     assert caught.value.rank == 1
     with pytest.raises(RankError, match=expected):
         on_one_process(fit_linear)
+
+
+class RarelyPoisoned(LinearModule):
+    """One block's loss is not finite in the last step of the first epoch, whose batch has one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finite_guard = FiniteGuard("skip")
+
+    def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:
+        loss = super().block_loss(block, student_output, teacher_output, targets)
+        return (
+            loss * float("nan") if block == 2 and len(student_output) == 1 and not self.trainer.current_epoch else loss
+        )
+
+
+def fit_rarely_poisoned(make_trainer: MakeTrainer) -> dict[str, Any]:
+    torch.manual_seed(11)
+    module = RarelyPoisoned()
+    trainer = make_trainer(max_epochs=3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Block 2 .* is not finite at step 2")
+        trainer.fit(module, make_loader(module, 9, 4))
+    return states_of(trainer, module)
+
+
+@pytest.mark.spawn
+def test_a_rank_without_rows_of_a_batch_judges_as_the_others_do() -> None:
+    one = on_one_process(fit_rarely_poisoned)
+    for states in under_plan(fit_rarely_poisoned, plan="joint"):
+        torch.testing.assert_close(states["module"], one["module"], rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from lightning_pipebd.runtime.compiling import compiled_block
 from lightning_pipebd.runtime.layouts import without_gaps
 from lightning_pipebd.runtime.partition import Partition, call_block
 
-__all__ = ["BlockCalls"]
+__all__ = ["BlockCalls", "versions_of"]
 
 
 class BlockCalls:
@@ -47,13 +47,13 @@ class BlockCalls:
         """
         known = self._modifies_input.get(block)
         given = boundary if known is False else pytree.tree_map_only(Tensor, torch.clone, boundary)
-        versions = _versions(given)
+        versions = versions_of(given)
         output = self._call(block, given)
-        has_changed = versions != _versions(given)
+        has_changed = versions != versions_of(given)
         if known is False and has_changed:
             msg = f"{self._role} block {block} changed its input in place now, but did not do so on the first batch"
             raise RuntimeError(msg)
-        if known is None:
+        if known is None and not torch.is_inference_mode_enabled():
             self._modifies_input[block] = has_changed
         return without_gaps(output)
 
@@ -66,7 +66,9 @@ class BlockCalls:
         return self._compiled[block](boundary)
 
 
-def _versions(tree: Any) -> list[int]:
+def versions_of(tree: Any) -> list[int]:
+    """Give how often each tensor of a tree was changed in place; tensors of inference mode do not count that."""
     if isinstance(tree, Tensor):
-        return [tree._version]
-    return [leaf._version for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+        return [] if tree.is_inference() else [tree._version]
+    leaves = pytree.tree_leaves(tree)
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]

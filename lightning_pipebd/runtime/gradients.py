@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -20,9 +20,14 @@ __all__ = ["BlockScaler", "GradientReducer", "clip_norm_over_ranks"]
 class GradientReducer:
     """Sum the gradients of shared student blocks over the ranks that share them, small blocks together.
 
+    Of parameters that no optimizer has, gradients add up from step to step: sums of sums would grow without bound.
+
     Args:
         transport: Carries the sums.
         parameters: Per block of this rank, its parameters, in the same order on every rank that shares the block.
+
+    Attributes:
+        trained: Gives the ``id`` of every parameter that an optimizer has; ``None`` sums the gradients of all.
     """
 
     def __init__(self, transport: Transport, parameters: Mapping[int, Sequence[nn.Parameter]]) -> None:
@@ -34,6 +39,7 @@ class GradientReducer:
         self._program: Program | PipelineProgram | None = None
         self._buckets: dict[int, tuple[int, ...]] = {}
         self._under_way: list[_Sum] = []
+        self.trained: Callable[[], frozenset[int]] | None = None
 
     def begin(self, program: Program | PipelineProgram) -> None:
         """Make ready for the REDUCEs of a program."""
@@ -46,6 +52,7 @@ class GradientReducer:
         The sum begins with the last block of its bucket.
         """
         by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        trained = None if self.trained is None else self.trained()
         for each in self._buckets.get(block, ()):
             for parameter in self._parameters[each]:
                 if parameter.grad is not None and parameter.grad.is_sparse:
@@ -54,7 +61,7 @@ class GradientReducer:
                         "one. Keep the block on one rank, or make its embedding with `sparse=False`."
                     )
                     raise ValueError(msg)
-                if parameter.requires_grad:
+                if parameter.requires_grad and (trained is None or id(parameter) in trained):
                     by_dtype.setdefault(parameter.dtype, []).append(parameter)
         for parameters in by_dtype.values():
             self._under_way.append(self._start_sum(parameters, ranks))

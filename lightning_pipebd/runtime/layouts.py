@@ -63,8 +63,8 @@ def describe(tensor: Tensor) -> tuple[Tensor, TensorLayout]:
 def without_gaps(tree: Any) -> Any:
     """Give a tree whose tensors lie densely in memory, copied only where they must be; gradients pass.
 
-    That is what arrives at another rank. A slice (``x[:, :8]``) keeps the strides of the whole on the rank that made it,
-    and kernels add in another order for other strides: a block must get the same on both.
+    That is what arrives at another rank. A slice (``x[:, :8]``) keeps the strides of the whole on the rank that made
+    it, and kernels add in another order for other strides: a block must get the same on both.
 
     Example:
         >>> without_gaps(torch.zeros(4, 6)[:, :2]).stride(), without_gaps(torch.zeros(4, 6).t()).stride()

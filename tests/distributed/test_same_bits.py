@@ -98,5 +98,3 @@ def fits() -> dict[str, Both]:
 def test_student_has_the_bits_of_one_process(name: str, fits: dict[str, Both]) -> None:
     for state in fits[name].ranks:
         assert_same_checkpoint(fits[name].one, state, name)
-
-

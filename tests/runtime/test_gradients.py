@@ -86,6 +86,20 @@ class TestReducer:
             [[2.0] * 3, [7.0] * 3]
         ] * 2
 
+    def test_parameters_that_no_optimizer_has_take_no_part(self) -> None:
+        world = LocalWorld(2)
+
+        def work(rank: int) -> list[Any]:
+            parameters = make_parameters(torch.ones(3), torch.full((3,), 7.0))
+            reducer = GradientReducer(world.transports[rank], {5: parameters})
+            reducer.trained = lambda: frozenset({id(parameters[0])})
+            for _ in range(2):
+                reduce_blocks(reducer, [5], (0, 1))
+                reducer.finish()
+            return [parameter.grad.tolist() for parameter in parameters]
+
+        assert run_threads(2, work) == [[[4.0] * 3, [7.0] * 3]] * 2
+
     def test_block_without_parameters_exchanges_nothing(self) -> None:
         reducer = GradientReducer(LocalWorld(2).transports[0], {5: []})
         reduce_blocks(reducer, [5], (0, 1))
