@@ -227,30 +227,35 @@ class StatefulHeaderLoader(HeaderLoader):
 
 
 class EvaluationLoader:
-    """A rank's rows of every evaluation batch, dealt in the order that rank 0 draws.
+    """A rank's rows of every evaluation batch, dealt in the order that the rank which loads for training draws.
+
+    That rank's random states are those of one process, also for the epochs that follow.
 
     **Collective** over all ranks: beginning to iterate exchanges the random state.
 
     Args:
         row_loader: Loads this rank's rows.
         transport: Reaches the other ranks.
+        source: Gives the rank whose random states are used.
     """
 
-    def __init__(self, row_loader: RowLoader, transport: Transport) -> None:
+    def __init__(self, row_loader: RowLoader, transport: Transport, source: Callable[[], int] = lambda: 0) -> None:
         self.row_loader = row_loader
         self._transport = transport
+        self._source = source
 
     def __len__(self) -> int:
         return len(self.row_loader)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "row_loader":
+        if name.startswith("__") or name in ("row_loader", "_source"):
             raise AttributeError(name)
         return getattr(self.row_loader, name)
 
     def __iter__(self) -> Iterator[Any]:
-        state = self._transport.all_gather_object(random_states() if self._transport.rank == 0 else None)[0]
-        if self._transport.rank == 0:
+        source, rank = self._source(), self._transport.rank
+        state = self._transport.all_gather_object(random_states() if rank == source else None)[source]
+        if rank == source:
             return _batches(self.row_loader.load())
         with borrowed_random_states(state):
             loading = self.row_loader.load()

@@ -86,7 +86,8 @@ class Evaluation(CheckedCheckpoints):
         rank, num_ranks = self._transport.rank, self._transport.num_ranks
         seed_workers(loader, rank)
         interval = (Fraction(rank, num_ranks), Fraction(rank + 1, num_ranks))
-        return EvaluationLoader(RowLoader(loader, interval, min_rows=num_ranks), self._transport)
+        rows = RowLoader(loader, interval, min_rows=num_ranks)
+        return EvaluationLoader(rows, self._transport, lambda: self._session.loading_rank if self._session else 0)
 
     @override
     def on_validation_start(self) -> None:

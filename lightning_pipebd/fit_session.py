@@ -47,6 +47,7 @@ class FitSession:
     Attributes:
         placement: Where the blocks are.
         num_steps: Batches that were trained on.
+        loading_rank: The first rank that loads; its random states are those of one process.
         progress: Where this rank stands.
         resumed: Where in the data a resumed run goes on.
     """
@@ -66,6 +67,7 @@ class FitSession:
     ) -> None:
         self.placement = placement
         self.num_steps = 0
+        self.loading_rank = 0
         self.progress = Progress()
         self.resumed: DataPosition | None = None
         self._time_limits = time_limits
@@ -102,6 +104,7 @@ class FitSession:
         others = [rank for rank in range(transport.num_ranks) if rank != first]
         self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first and others else None
         self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
+        self.loading_rank = first
         self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs, assemble_student)
         add_callback(trainer, self._metrics)
         self._follower = SignalFollower(trainer, self.progress)

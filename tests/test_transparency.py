@@ -50,6 +50,7 @@ def _run(module: str, **changes: Any) -> Run:
         pytest.param("candidates", "0-2|3-6", 2, id="candidates-2"),
         pytest.param("candidates", "0,3,6|1,4|2,5", 3, id="candidates-not-contiguous-3"),
         pytest.param("conv", "T0-4|S0-4|-", 3, id="conv-teacher-alone-and-an-idle-rank"),
+        pytest.param("dropout", "2-3|0-1", 2, id="dropout-loaded-by-another-rank-than-the-first"),
     ],
 )
 def test_whole_blocks_give_the_checkpoint_of_one_process_key_by_key_and_bit_by_bit(

@@ -43,6 +43,7 @@ def _run(module: str, **changes: Any) -> WholeRun:
         pytest.param("byol", "0-1|2-3", 2, id="views-schedule-centre"),
         pytest.param("contrast", "2-3|0-1 / 0-1|2-3", 2, id="full-batch-weights-relayed"),
         pytest.param("convolutional", "0|1|2", 3, id="batch-norm-dropout"),
+        pytest.param("byol", "2-3|0-1", 2, id="loaded-by-another-rank-than-the-first"),
     ],
 )
 def test_whole_batches_give_the_checkpoint_of_one_process_bit_by_bit(
