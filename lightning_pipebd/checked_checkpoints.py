@@ -94,7 +94,9 @@ class CheckedCheckpoints(ProcessGroupStrategy):
         assert self._session is not None
         assert self._transport is not None
         if self._session.num_steps != self._handed_over_at:
-            hand_over(self._transport, self._session.placement.owned_tensors())
+            owned = self._session.placement.owned_tensors()
+            hand_over(self._transport, [*owned, *self._session.strays.owned(self._transport)])
+            self._session.strays.settle()
             self._handed_over_at = self._session.num_steps
 
     @override

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
-__all__ = ["PrunedOptimizer", "hand_over", "share_from_zero", "synchronise", "synchronise_models"]
+__all__ = ["PrunedOptimizer", "fingerprint", "hand_over", "share_from_zero", "synchronise", "synchronise_models"]
 
 
 class PrunedOptimizer:
@@ -174,7 +174,7 @@ def synchronise(transport: Transport, tensors: Sequence[tuple[str, Tensor]]) -> 
     Raises:
         RuntimeError: The ranks' tensors have other names, shapes or types.
     """
-    mine = [(name, tuple(tensor.shape), str(tensor.dtype), _fingerprint(tensor)) for name, tensor in tensors]
+    mine = [(name, tuple(tensor.shape), str(tensor.dtype), fingerprint(tensor)) for name, tensor in tensors]
     everyone = transport.all_gather_object(mine)
     for rank, theirs in enumerate(everyone):
         if [entry[:3] for entry in theirs] != [entry[:3] for entry in everyone[0]]:
@@ -188,7 +188,8 @@ def synchronise(transport: Transport, tensors: Sequence[tuple[str, Tensor]]) -> 
     return [tensors[index][0] for index in different]
 
 
-def _fingerprint(tensor: Tensor) -> bytes:
+def fingerprint(tensor: Tensor) -> bytes:
+    """Give a digest of a tensor's bytes; nothing of one without values."""
     if tensor.is_meta:
         return b""
     # Of the bytes: as fast as summing the elements, and no two elements can change places unseen.

@@ -30,6 +30,7 @@ from lightning_pipebd.runtime.transport import Lane, Transport
 from lightning_pipebd.runtime.watcher import Watcher
 from lightning_pipebd.signals import SignalFollower, describe_end
 from lightning_pipebd.step_pace import StepPace
+from lightning_pipebd.stray_buffers import StrayBuffers
 
 __all__ = ["FitSession"]
 
@@ -105,6 +106,7 @@ class FitSession:
         self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first and others else None
         self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
         self.loading_rank = first
+        self.strays = StrayBuffers(trainer.lightning_module, self.placement.owned_tensors)
         self._metrics = BlockMetrics(transport, frozenset(contributors), sharing_logs, assemble_student)
         add_callback(trainer, self._metrics)
         self._follower = SignalFollower(trainer, self.progress)

@@ -75,8 +75,25 @@ class Whole(_Augmenting, TeacherStudentModule):
         return F.mse_loss(student_output, teacher_output) + F.cross_entropy(student_output, targets)
 
 
-MODULES: dict[str, Callable[[], Any]] = {"blocks": Blocks, "whole": Whole}
-CASES = [f"{module}, {precision}" for module in MODULES for precision in ("32-true", "64-true", "bf16-mixed")]
+class Centred(Blocks):
+    """The loss of the last block keeps a centre of the teacher's outputs in a buffer of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(5))
+
+    def block_loss(self, block: int, student_output: Any, teacher_output: Any, targets: Any = None) -> Tensor:
+        if block == 0:
+            return super().block_loss(block, student_output, teacher_output, targets)
+        self.centre = 0.9 * self.centre + 0.1 * teacher_output.mean(0)
+        return F.mse_loss(student_output, teacher_output - self.centre)
+
+
+MODULES: dict[str, Callable[[], Any]] = {"blocks": Blocks, "whole": Whole, "centred": Centred}
+CASES = [
+    f"{module}, {precision}" for module in ("blocks", "whole") for precision in ("32-true", "64-true", "bf16-mixed")
+]
+CASES.append("centred, 32-true")
 
 
 def fit(make_trainer: MakeTrainer, name: str) -> dict[str, Any]:
