@@ -27,7 +27,8 @@ class Slicing(nn.Module):
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.convolution(x))[:, : self.norm.num_features // 2]
+        normal: Tensor = self.norm(self.convolution(x))
+        return normal[:, : self.norm.num_features // 2]
 
 
 class Summing(nn.Module):
@@ -39,7 +40,8 @@ class Summing(nn.Module):
         self.head = nn.Linear(2 * width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.cat([self.norm(x).relu().sum((2, 3)), x.sum((2, 3))], dim=1) / 64)
+        found: Tensor = self.head(torch.cat([self.norm(x).relu().sum((2, 3)), x.sum((2, 3))], dim=1) / 64)
+        return found
 
 
 def network() -> nn.Sequential:
@@ -77,6 +79,8 @@ class Whole(_Augmenting, TeacherStudentModule):
 
 class Centred(Blocks):
     """The loss of the last block keeps a centre of the teacher's outputs in a buffer of the module."""
+
+    centre: Tensor
 
     def __init__(self) -> None:
         super().__init__()
