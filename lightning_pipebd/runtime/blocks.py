@@ -133,8 +133,11 @@ def call_block(block: nn.Module, boundary: Any) -> Any:
 
 
 def make_partition(model: nn.Module, blocks: tuple[nn.Module, ...], tail: nn.Module | None) -> Partition:
-    """Note which of a model's parameters and buffers each block uses, under their names in the model."""
-    used = [({id(value) for value in block.parameters()}, {id(value) for value in block.buffers()}) for block in blocks]
+    """Note which of a model's parameters and buffers each block uses, under their names in the model.
+
+    A buffer that several blocks only read belongs to the first of them.
+    """
+    used = [({id(value) for value in block.parameters()}, _own_buffers(model, block)) for block in blocks]
     return Partition(
         blocks=blocks,
         tail=tail,
@@ -145,6 +148,11 @@ def make_partition(model: nn.Module, blocks: tuple[nn.Module, ...], tail: nn.Mod
             tuple(name for name, value in model.named_buffers() if id(value) in buffers) for _, buffers in used
         ),
     )
+
+
+def _own_buffers(model: nn.Module, block: nn.Module) -> set[int]:
+    borrowed = {id(model.get_buffer(path)) for path in getattr(block, "borrowed_buffers", ())}
+    return {id(value) for value in block.buffers()} - borrowed
 
 
 def _copy_captured(value: Any, memo: dict[int, Any]) -> Any:
