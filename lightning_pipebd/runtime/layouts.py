@@ -19,12 +19,21 @@ _PLAIN = (type(None), bool, int, str)
 
 
 class TensorLayout(NamedTuple):
-    """How a tensor's values lie in memory; dense, but not always in the order of its dimensions."""
+    """How a tensor's values lie in memory, in a message and for whoever uses them.
+
+    Attributes:
+        shape: Of the tensor.
+        strides: In the message: dense, but not always in the order of the dimensions.
+        dtype: Of the values.
+        is_cuda: Whether they were on a GPU.
+        wanted: Strides that the tensor had, if it is not dense: a slice has gaps, an expanded tensor repeats itself.
+    """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
     is_cuda: bool
+    wanted: tuple[int, ...] | None = None
 
     @property
     def num_elements(self) -> int:
@@ -36,20 +45,42 @@ class TensorLayout(NamedTuple):
         return torch.empty(self.num_elements, dtype=self.dtype, device=device)
 
     def restore(self, flat: Tensor) -> Tensor:
-        """Give the tensor whose values lie in ``flat``, without a copy."""
-        return flat.as_strided(self.shape, self.strides)
+        """Give the tensor whose values lie in ``flat``, without a copy if it is dense."""
+        dense = flat.as_strided(self.shape, self.strides)
+        if self.wanted is None:
+            return dense
+        for dim, stride in enumerate(self.wanted):
+            dense = dense.narrow(dim, 0, 1) if stride == 0 else dense
+        return (
+            torch.empty_strided(dense.shape, self.wanted, dtype=flat.dtype, device=flat.device)
+            .copy_(dense)
+            .expand(self.shape)
+        )
 
 
 def describe(tensor: Tensor) -> tuple[Tensor, TensorLayout]:
     """Give the tensor with memory that holds its values densely, copied only if it must be, and its layout.
 
-    A permuted tensor keeps its order in memory (``channels_last``): kernels may add in another order for another
-    one, and blocks on two ranks shall compute what they compute on one.
+    A tensor keeps its strides, those of a permuted one (``channels_last``) as those of a slice: kernels may add in
+    another order for others, and blocks on two ranks shall compute what they compute on one.
     """
     dense = tensor.detach().resolve_conj().resolve_neg()
+    wanted = None
     if not dense.is_contiguous() and torch.empty_like(dense, device="meta").stride() != dense.stride():
+        wanted = dense.stride() if _has_own_places(dense) else None
         dense = dense.contiguous()
-    return dense, TensorLayout(tuple(dense.shape), dense.stride(), dense.dtype, dense.is_cuda)
+    return dense, TensorLayout(tuple(dense.shape), dense.stride(), dense.dtype, dense.is_cuda, wanted)
+
+
+def _has_own_places(tensor: Tensor) -> bool:
+    """Whether values share no memory, but for those that are repeated along a dimension, and there is one at all."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride:
+            if stride <= reach:
+                return False
+            reach += stride * (size - 1)
+    return tensor.numel() > 0
 
 
 def flatten(dense: Tensor) -> Tensor:

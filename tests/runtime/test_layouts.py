@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from lightning_pipebd.runtime.layouts import flatten_tree, restore_tree
+from lightning_pipebd.runtime.layouts import describe, flatten, flatten_tree, restore_tree
 
 
 class Pair(NamedTuple):
@@ -50,3 +50,34 @@ def test_what_could_be_mistaken_for_something_else_is_not_plain(tree: Any) -> No
 def test_structures_differ_where_containers_or_names_do() -> None:
     structures = [flatten_tree(tree)[1] for tree in ([1], (1,), {"a": 1}, {"b": 1}, [[1]], [1, 1], 1)]
     assert len(set(structures)) == len(structures)
+
+
+WIDE = torch.arange(120.0).reshape(2, 5, 3, 4)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(WIDE, id="contiguous"),
+        pytest.param(WIDE.permute(0, 3, 1, 2), id="permuted"),
+        pytest.param(WIDE[:, 1:3], id="slice"),
+        pytest.param(WIDE[:, 2:].permute(0, 3, 1, 2), id="permuted-slice"),
+        pytest.param(WIDE[:, :, ::2], id="every-second"),
+        pytest.param(WIDE[:1].expand(4, 5, 3, 4), id="expanded"),
+        pytest.param(WIDE[:, :1, :, :2].expand(2, 6, 3, 2), id="expanded-slice"),
+        pytest.param(torch.tensor(2.0).expand(3, 2), id="one-value"),
+        pytest.param(WIDE[:, :0], id="empty"),
+    ],
+)
+def test_a_tensor_comes_back_with_its_strides(tensor: torch.Tensor) -> None:
+    dense, layout = describe(tensor)
+    restored = layout.restore(flatten(dense).clone())
+    assert torch.equal(restored, tensor)
+    assert restored.stride() == tensor.stride() or not tensor.numel()
+
+
+def test_values_that_share_memory_in_another_way_come_back_densely() -> None:
+    windows = torch.arange(6.0).unfold(0, 3, 1)
+    dense, layout = describe(windows)
+    assert torch.equal(layout.restore(flatten(dense)), windows)
+    assert layout.wanted is None
