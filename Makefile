@@ -7,13 +7,14 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DOCS := $(VENV)/.installed_docs
 
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test check lint docs faults release-check clean
+.PHONY: help venv demo test check lint docs faults models release-check clean
 
 help:
 	@echo "make demo    distil a small model over two CPU processes"
 	@echo "make test    lint, types and the whole test suite"
 	@echo "make check   lint, types and the fast tests"
 	@echo "make faults  everything that can fail, many times; writes the table of docs/failure.md (an hour)"
+	@echo "make models  models of torchvision and timm, divided and trained; writes the tables of docs/models.md"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make docs    the pages in docs/_build/html, warnings as errors"
 	@echo "make release-check  builds sdist and wheel, installs the wheel anew and runs the smallest example"
@@ -68,6 +69,11 @@ release-check:
 faults: venv
 	NUM_CORRUPTIONS=500 $(BIN)/python -m pytest tests/test_checkpoint_io.py -k corrupted
 	OMP_NUM_THREADS=1 $(BIN)/python -m faults
+
+# timm is wanted here alone.
+models: venv
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off timm
+	OMP_NUM_THREADS=1 $(BIN)/python -m zoo
 
 clean:
 	rm -rf $(VENV) build dist docs/_build docs/_figures .mypy_cache .pytest_cache .ruff_cache .hypothesis lightning_logs *.egg-info

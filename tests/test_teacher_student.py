@@ -124,6 +124,23 @@ def test_a_block_map_cuts_both_models() -> None:
     assert (module.num_teacher_blocks, module.num_student_blocks) == (3, 3)
 
 
+class Resized(nn.Module):
+    """Ends as segmentation models do: scores of the size of the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 2, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.interpolate(self.head(self.body(images)), size=images.shape[-2:])
+
+
+def test_a_student_whose_end_needs_its_input_is_told_to_end_earlier() -> None:
+    message = r"also needs .* of the model's input.*loss is of the student's output.*or end it earlier, by a module of"
+    with pytest.raises(PartitionError, match=message):
+        Plain(None, Resized(), student_cuts=["body", "head"], momentum=0.5)
+
+
 def test_listed_blocks_are_copied_with_the_student() -> None:
     student = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
     blocks = [student[0], CallableBlock(lambda hidden: student[1](hidden).tanh(), modules=[student[1]])]

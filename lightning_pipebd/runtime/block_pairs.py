@@ -218,6 +218,6 @@ def _warn_of_untrained(student: nn.Module, partition: Partition) -> None:
         warnings.warn(
             f"{len(left)} parameters of `student` lie behind the last boundary and will not be trained: "
             f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}. "
-            "Add the module that ends the model to the block map.",
+            "Add the module that ends the model to the block map; the path '' stands for the models themselves.",
             stacklevel=4,
         )

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 __all__ = ["BlockCode", "BlockView", "WholeBoundary"]
@@ -110,6 +111,8 @@ class BlockView(nn.Module):
         evaluation_code: What it does in ``eval()``.
         training_code: What it does in ``train()``; ``None`` where the model can only be cut for ``eval()``.
         draws: Whether the code itself (not a module it calls) draws random numbers.
+        shared: Buffers that other blocks read as well, such as a table of positions; nobody may change them.
+        borrowed: Those of them that belong to an earlier block.
     """
 
     _model: nn.Module
@@ -125,11 +128,15 @@ class BlockView(nn.Module):
         evaluation_code: BlockCode,
         training_code: BlockCode | None,
         draws: bool,
+        shared: tuple[str, ...] = (),
+        borrowed: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         # Past nn.Module on purpose: registered, the whole model would be part of every block.
         self.__dict__["_model"] = model
         self.draws_random_numbers = draws
+        self.borrowed_buffers = borrowed
+        self._shared = shared
         self._subject = subject
         self._module_paths = tuple(sorted(module_paths))
         self._tensor_paths = tuple(sorted(tensor_paths))
@@ -159,8 +166,23 @@ class BlockView(nn.Module):
 
         Raises:
             TypeError: The boundary does not have the parts that the block takes.
-            RuntimeError: The model is in a mode that it could not be cut for.
+            RuntimeError: The model is in a mode that it could not be cut for, or changes a buffer that blocks share.
         """
+        if not self._shared or torch.compiler.is_compiling():
+            return self._run(args, kwargs)
+        tensors = [self._model.get_buffer(path) for path in self._shared]
+        versions = [None if tensor.is_inference() else tensor._version for tensor in tensors]
+        output = self._run(args, kwargs)
+        for path, tensor, version in zip(self._shared, tensors, versions, strict=True):
+            if version is not None and (tensor._version != version or self._model.get_buffer(path) is not tensor):
+                msg = (
+                    f"{self._subject} must leave the buffer `{path}` as it is, because other blocks read it, too, but "
+                    "changes it. Merge these blocks by leaving out the boundaries between them."
+                )
+                raise RuntimeError(msg)
+        return output
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         code = self._choose_code()
         if code.takes_whole:
             return code(self._model, self._pack(code, args, kwargs))

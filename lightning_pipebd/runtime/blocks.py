@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import CellType, FunctionType, ModuleType, NoneType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_pipebd.runtime.block_view import WholeBoundary
 from lightning_pipebd.runtime.tracing import PartitionError
@@ -83,7 +85,8 @@ class CallableBlock(nn.Module):
 
     Args:
         function: Maps the parts of a boundary to the next boundary.
-        modules: Modules of the model whose parameters the function uses.
+        modules: Modules of the model whose parameters the function uses; a parameter that the model holds itself as
+            ``nn.ParameterList([model.token])``.
 
     To be copied with its model, the function must find the modules in its closure, in its defaults or as a bound
     method's object; those it finds as global names stay the original's. To be pickled it must be no lambda.
@@ -99,10 +102,42 @@ class CallableBlock(nn.Module):
         super().__init__()
         self.function = function
         self.modules_used = nn.ModuleList(modules)
+        self._is_checked = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        return self.function(*args, **kwargs)
+        """Call the function.
+
+        Raises:
+            PartitionError: The function uses a trainable parameter of no module that was named.
+        """
+        if self._is_checked or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.function(*args, **kwargs)
+        # Before the call, which may change its inputs in place.
+        before = {leaf.grad_fn for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        output = self.function(*args, **kwargs)
+        self._check_parameters(output, (args, kwargs), before)
+        self._is_checked = True
+        return output
+
+    def _check_parameters(self, output: Any, given: Any, before: Collection[Any]) -> None:
+        """Look at what the gradients of an output would reach; nobody would train it as this block's."""
+        known = {id(value) for value in (*self.parameters(), *pytree.tree_leaves(given))}
+        reached = [leaf.grad_fn for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        seen = set(before)
+        while reached:
+            node = reached.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            reached += [next_node for next_node, _ in node.next_functions]
+            leaf = getattr(node, "variable", None)
+            if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+                msg = (
+                    "A `CallableBlock` must use no trainable parameters but those of its `modules`, but uses one of "
+                    f"shape {tuple(leaf.shape)}. Name the module that holds it; if the model itself does, name "
+                    "`nn.ParameterList([model.name])`."
+                )
+                raise PartitionError(msg)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallableBlock:
         copied = type(self).__new__(type(self))
@@ -133,8 +168,11 @@ def call_block(block: nn.Module, boundary: Any) -> Any:
 
 
 def make_partition(model: nn.Module, blocks: tuple[nn.Module, ...], tail: nn.Module | None) -> Partition:
-    """Note which of a model's parameters and buffers each block uses, under their names in the model."""
-    used = [({id(value) for value in block.parameters()}, {id(value) for value in block.buffers()}) for block in blocks]
+    """Note which of a model's parameters and buffers each block uses, under their names in the model.
+
+    A buffer that several blocks only read belongs to the first of them.
+    """
+    used = [({id(value) for value in block.parameters()}, _own_buffers(model, block)) for block in blocks]
     return Partition(
         blocks=blocks,
         tail=tail,
@@ -145,6 +183,11 @@ def make_partition(model: nn.Module, blocks: tuple[nn.Module, ...], tail: nn.Mod
             tuple(name for name, value in model.named_buffers() if id(value) in buffers) for _, buffers in used
         ),
     )
+
+
+def _own_buffers(model: nn.Module, block: nn.Module) -> set[int]:
+    borrowed = {id(model.get_buffer(path)) for path in getattr(block, "borrowed_buffers", ())}
+    return {id(value) for value in block.buffers()} - borrowed
 
 
 def _copy_captured(value: Any, memo: dict[int, Any]) -> Any:

@@ -23,6 +23,9 @@ __all__ = ["boundary_shapes", "check_shapes"]
 _Modules = TypeVar("_Modules", bound="Sequence[Any]")
 _Result = TypeVar("_Result")
 
+# What a relay hands on beside tensors: sizes of an image, flags.
+_PLAIN = (type(None), bool, int, float, str)
+
 
 class _BlockRunError(PartitionError):
     """A block raised; on meta tensors it may have been for want of a meta kernel."""
@@ -134,11 +137,12 @@ def _compare(teacher_name: str, target: Any, student_name: str, output: Any, *, 
 def _run_block(block: nn.Module, boundary: Any, subject: str, remedy: str = "") -> Any:
     output = _call(lambda: call_block(block, boundary), boundary, subject, remedy)
     leaves = pytree.tree_leaves(output)
-    others = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, Tensor)]
-    if others or not leaves:
+    others = [type(leaf).__name__ for leaf in leaves if not isinstance(leaf, (Tensor, *_PLAIN))]
+    if others or not any(isinstance(leaf, Tensor) for leaf in leaves):
         msg = (
-            f"{subject} must give a tensor or a tree of tensors (tuples, lists, dicts), but gives "
-            f"{f'a tree with {others[0]} in it' if others else 'no tensor'}. End the block at a module that does."
+            f"{subject} must give a tensor or a tree of tensors (tuples, lists, dicts; beside tensors also numbers, "
+            f"text and None), but gives {f'a tree with {others[0]} in it' if others else 'no tensor'}. End the block "
+            "at a module that does, or list the blocks yourself."
         )
         raise PartitionError(msg)
     return output

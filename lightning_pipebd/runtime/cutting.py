@@ -64,7 +64,7 @@ def _order_ends(recording: Recording, boundaries: Sequence[str], role: str) -> l
         if path not in recording.ends:
             msg = (
                 f"{name_module(path, role)} must be called in the model's `forward` to end a block, but never is. "
-                f"Choose a module that is. {way_out(role, also=True)}"
+                f"{_name_called(recording, path)} {way_out(role, also=True)}"
             )
             raise PartitionError(msg)
         end = recording.ends[path]
@@ -144,8 +144,9 @@ class _Cutter:
                 values = value
             else:
                 msg = (
-                    f"{name_module(self._boundaries[index - 1], self._role)} must return a tensor, or a tuple or dict "
-                    f"of tensors, to end a block, but returns {_describe_tree(value)}. "
+                    f"{name_module(self._boundaries[index - 1], self._role)} must return a tensor, a tuple of tensors, "
+                    "or a dict of tensors whose keys are names, to end a block, but returns "
+                    f"{_describe_tree(value)}. "
                     f"Choose a module inside or after it. {way_out(self._role, also=True)}"
                 )
                 raise PartitionError(msg)
@@ -176,12 +177,45 @@ class _Cutter:
         used = f"used by {_describe(user)}" if user is not node else "which is what the boundary holds"
         return PartitionError(
             f"{self._subject(index)} must use nothing from before it but its boundary `{boundary}`, but also needs "
-            f"{_describe(node)}, {used}. Choose a boundary outside the residual block or skip connection. "
-            f"{way_out(self._role, also=True)}"
+            f"{_describe(node)}, {used}. {self._advise(index, node, user)} {way_out(self._role, also=True)}"
         )
+
+    def _advise(self, index: int, node: fx.Node, user: fx.Node) -> str:
+        """Say which boundaries a value that passes them allows."""
+        last = len(self._ends) - 1
+        if index == last and (path := self._find_last_module(index, user)) is not None:
+            return f"Nothing is trained from there on: end the block map at `{path}`."
+        home = self._homes[node]
+        uses = [index, *(self._homes.get(other, last) for other in node.users)]
+        # A boundary that holds the value serves all that comes after it, up to the next one.
+        holders = [number for number in range(home, last + 1) if node in _nodes_in(self._ends[number].value)]
+        start = max([home, *(number + 1 for number in holders if number < index)])
+        stop = min([max(uses), *(number for number in holders if number >= index), last])
+        passed = self._boundaries[start:stop]
+        outside = "a boundary outside the residual block or skip connection"
+        if not passed or len(passed) == last:
+            return f"Choose {outside}."
+        return f"Leave out {', '.join(f'`{path}`' for path in passed)}, or choose {outside}."
+
+    def _find_last_module(self, index: int, user: fx.Node) -> str | None:
+        """Give the module that may end a block before ``user``, if no module is called from there on."""
+        nodes = self.nodes_of(index)
+        called = [node for node in nodes if node.op == "call_module"]
+        if not called or user not in nodes or nodes.index(called[-1]) >= nodes.index(user):
+            return None
+        allowed = {*nodes, *_nodes_in(self._ends[index - 1].value)} if index else set(self._homes)
+        before = nodes[: nodes.index(called[-1]) + 1]
+        needs = {other for node in before for other in node.all_input_nodes if other.op != "get_attr"}
+        return str(called[-1].target) if needs <= allowed else None
 
     def _subject(self, index: int) -> str:
         return f"block {index} of the {self._role}" if index < len(self._ends) else f"the end of the {self._role}"
+
+
+def _name_called(recording: Recording, path: str) -> str:
+    """Say which module inside one that is never called is the last that is."""
+    inside = [str(node.target) for node in recording.graph.nodes if str(node.target).startswith(f"{path}.")]
+    return f"Take the last one inside it that is called, `{inside[-1]}`." if inside else "Choose a module that is."
 
 
 def _find_needed(nodes: Sequence[fx.Node], values: Sequence[Any]) -> set[fx.Node]:

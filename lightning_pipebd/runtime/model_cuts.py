@@ -124,8 +124,17 @@ def _listed(teacher: nn.Module | None, student: nn.Module, teacher_blocks: Block
 
 def _cut_whole(model: nn.Module, paths: list[str], role: str) -> Partition:
     partition = cut_model(model, paths, role=role)
-    # What a model does behind its last boundary belongs to its output.
-    return partition if partition.tail is None else cut_model(model, [*paths, ""], role=role)
+    if partition.tail is None:
+        return partition
+    try:
+        # What a model does behind its last boundary belongs to its output.
+        return cut_model(model, [*paths, ""], role=role)
+    except PartitionError as error:
+        msg = (
+            f"{error} The loss is of the {role}'s output, so its blocks must reach to its end: or end it earlier, by a "
+            "module of your own whose `forward` returns what the loss needs."
+        )
+        raise PartitionError(msg) from error
 
 
 def _check_separate(teacher: nn.Module, student: nn.Module) -> None:

@@ -11,7 +11,7 @@ This is the module to import from; the files it stands on are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
@@ -81,11 +81,26 @@ def cut_model(model: nn.Module, boundaries: Sequence[str], *, role: str = "stude
         if role != "teacher":
             raise
         training_pieces, ends = [None] * len(pieces), [end]
+    owners = _find_owners(model, [pieces, [piece for piece in training_pieces if piece is not None]])
     blocks = tuple(
-        _make_view(model, f"block {index} of the {role}", evaluation.opened, piece, training_piece)
+        _make_view(model, f"block {index} of the {role}", evaluation.opened, piece, training_piece, owners, index)
         for index, (piece, training_piece) in enumerate(zip(pieces, training_pieces, strict=True))
     )
     return make_partition(model, blocks, _make_tail(model, f"the end of the {role}", evaluation.opened, ends))
+
+
+def _find_owners(model: nn.Module, pieces_of_modes: Sequence[Sequence[Piece]]) -> dict[str, int]:
+    """Give the buffers that several blocks only read, because no module that runs holds them, and their first block."""
+    readers: dict[str, set[int]] = {}
+    for pieces in pieces_of_modes:
+        for index, piece in enumerate(pieces):
+            for path in piece.attributes:
+                readers.setdefault(path, set()).add(index)
+    modules = dict(model.named_modules())
+    called = {path for pieces in pieces_of_modes for piece in pieces for path in piece.modules}
+    held = {id(buffer) for path in called | (readers.keys() & modules.keys()) for buffer in modules[path].buffers()}
+    buffers = {name for name, buffer in model.named_buffers() if id(buffer) not in held}
+    return {path: min(blocks) for path, blocks in readers.items() if len(blocks) > 1 and path in buffers}
 
 
 def _make_tail(
@@ -106,7 +121,13 @@ def _make_tail(
 
 
 def _make_view(
-    model: nn.Module, subject: str, opened: tuple[str, ...], evaluation: Piece, training: Piece | None
+    model: nn.Module,
+    subject: str,
+    opened: tuple[str, ...],
+    evaluation: Piece,
+    training: Piece | None,
+    owners: Mapping[str, int] | None = None,
+    number: int = 0,
 ) -> BlockView:
     pieces = [evaluation] if training is None else [evaluation, training]
     attributes = frozenset(path for piece in pieces for path in piece.attributes)
@@ -115,6 +136,7 @@ def _make_view(
     training_code = None if training is None else training.code
     if training_code is not None and training_code.is_same(evaluation.code):
         training_code = evaluation.code
+    shared = {path: owner for path, owner in (owners or {}).items() if path in attributes}
     return BlockView(
         model,
         subject=subject,
@@ -124,4 +146,6 @@ def _make_view(
         evaluation_code=evaluation.code,
         training_code=training_code,
         draws=any(piece.draws for piece in pieces),
+        shared=tuple(sorted(shared)),
+        borrowed=frozenset(path for path, owner in shared.items() if owner < number),
     )

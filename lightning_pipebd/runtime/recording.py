@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lightning_pipebd.runtime.random_streams import random_states, set_random_states
 from lightning_pipebd.runtime.side_effects import preserved_modes
 from lightning_pipebd.runtime.tracing import (
     AUTOCAST_DEVICES,
@@ -98,7 +98,7 @@ def _modes(model: nn.Module, training: bool) -> Iterator[None]:
 def _guard(containers: Mapping[str, nn.Module], role: str) -> Iterator[dict[str, Tensor]]:
     """Undo what opened containers did beside computing, and raise if they did; give the constants they made."""
     constants: dict[str, Tensor] = {}
-    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    states = random_states()
     before = {path: [dict(values) for values in _attributes(module)] for path, module in containers.items()}
     changes: list[str] = []
     try:
@@ -113,9 +113,8 @@ def _guard(containers: Mapping[str, nn.Module], role: str) -> Iterator[dict[str,
                 if changed:
                     now.clear()
                     now.update(then)
-        drew = not torch.equal(torch_state, torch.get_rng_state()) or python_state != random.getstate()
-        torch.set_rng_state(torch_state)
-        random.setstate(python_state)
+        drew = not _is_same(states, random_states())
+        set_random_states(states)
     if drew:
         changes.append("one draws random numbers, which would be the same on every batch")
     if changes:
@@ -124,6 +123,15 @@ def _guard(containers: Mapping[str, nn.Module], role: str) -> Iterator[dict[str,
             f"module of the {role} without a boundary inside. {way_out(role, also=True)}"
         )
         raise PartitionError(msg)
+
+
+def _is_same(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Compare the states of generators; NumPy's is a tuple with an array in it."""
+    if "numpy" in first and "numpy" in second:
+        (_, keys, *rest), (_, other_keys, *other_rest) = first["numpy"], second["numpy"]
+        if rest != other_rest or (keys != other_keys).any():
+            return False
+    return torch.equal(first["torch"], second["torch"]) and bool(first["python"] == second["python"])
 
 
 def _attributes(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -172,16 +172,22 @@ def test_adapters_must_be_of_blocks_that_exist(subject: str) -> None:
 @pytest.mark.parametrize(
     ("output", "finding"),
     [
-        (None, "a tree with NoneType"),
-        ("text", "a tree with str"),
+        (None, "no tensor"),
+        ("text", "no tensor"),
         ((), "no tensor"),
-        ([torch.ones(1), 3], "with int in it"),
+        ([torch.ones(1), 3j], "a tree with complex in it"),
     ],
 )
 def test_a_boundary_must_be_tensors(output: Any, finding: str) -> None:
     partition = cut_model(nn.Sequential(Container(lambda self, x: output)), ["0"])
     with pytest.raises(PartitionError, match=rf"block 0 must give a tensor or a tree of tensors .*{finding}"):
         boundary_shapes(partition, torch.randn(5, 4))
+
+
+def test_a_boundary_may_hold_numbers_beside_tensors() -> None:
+    partition = cut_model(nn.Sequential(Container(lambda self, x: (x, [x.shape[1], None])), nn.Identity()), ["0"])
+    _, (hidden, size) = boundary_shapes(partition, torch.randn(5, 4))
+    assert (hidden.shape, size) == ((5, 4), [4, None])
 
 
 def test_trees_are_compared_leaf_by_leaf() -> None:

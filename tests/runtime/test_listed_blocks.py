@@ -20,7 +20,7 @@ from lightning_pipebd.runtime.partition import (
     explicit_blocks,
     is_stochastic,
 )
-from tests.helpers.containers import run_in_a_row
+from tests.helpers.containers import Container, run_in_a_row
 from tests.helpers.decoder import Decoder, decoder_blocks
 
 
@@ -176,3 +176,25 @@ def test_a_plain_function_must_use_no_parameters(make: Any, name: str) -> None:
         PartitionError, match=rf"`student_blocks\[0\]` must use no .* uses `{name}`.*CallableBlock\(func"
     ):
         explicit_blocks(model, [make(model[0])])
+
+
+def test_a_function_that_uses_a_parameter_of_no_named_module_is_refused_when_it_trains() -> None:
+    model: Any = Container(lambda self, x: x, a=nn.Linear(3, 3), b=nn.Linear(3, 4))
+    block = explicit_blocks(model, [CallableBlock(lambda x: model.b(model.a(x)), [model.a])]).blocks[0]
+    with torch.no_grad():
+        block(torch.randn(2, 3))
+    with pytest.raises(PartitionError, match=r"no trainable parameters but those .* one of shape \(4(, 3)?,?\)\. Name"):
+        block(torch.randn(2, 3))
+
+
+def test_what_comes_before_a_function_is_not_its_own() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    blocks = explicit_blocks(model, [model[0], CallableBlock(lambda x: model[1](x).relu_(), [model[1]])]).blocks
+    assert blocks[1](blocks[0](torch.randn(2, 3))).requires_grad
+
+
+def test_a_parameter_that_the_model_holds_itself_may_be_named() -> None:
+    model = nn.Linear(3, 3)
+    block = CallableBlock(lambda x: x * model.weight, [nn.ParameterList([model.weight])])
+    assert explicit_blocks(model, [block]).parameter_names == (("weight",),)
+    assert block(torch.randn(3, 3)).requires_grad

@@ -256,6 +256,39 @@ class TwoInputs(nn.Module):
         return output
 
 
+class Turned(nn.Module):
+    """Layers that all read one table, as rotary positions are read; ``grow`` changes it."""
+
+    table: Tensor
+
+    def __init__(self, *, grow: bool = False) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.grow = grow
+        self.register_buffer("table", torch.randn(3), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x * (self.table.add_(1) if self.grow else self.table))
+        return x
+
+
+def test_a_buffer_that_several_blocks_read_belongs_to_the_first_of_them() -> None:
+    model, x = Turned(), torch.randn(2, 3)
+    partition = cut_model(model, ["layers.0", "layers.1", "layers.2"])
+    assert partition.buffer_names == (("table",), (), ())
+    assert torch.equal(run_in_a_row(partition, x), model(x))
+    check_ties(model, partition, "student")
+    copied, x = copy.deepcopy(partition.blocks[1]).double(), x.double()
+    assert torch.equal(copied(x), copied.get_submodule("layers.1")(x * model.table.double()))
+
+
+def test_a_buffer_that_several_blocks_read_must_not_be_changed_by_one() -> None:
+    partition = cut_model(Turned(grow=True), ["layers.0", "layers.1", "layers.2"])
+    with pytest.raises(RuntimeError, match=r"block 0 of the student must leave the buffer `table` as it is.*Merge"):
+        partition.blocks[0](torch.randn(2, 3))
+
+
 def test_has_batch_statistics_and_is_stochastic_tell_blocks_apart() -> None:
     partition = cut_model(small_vgg(), ["features", "classifier.1", "classifier.3"])
     assert [has_batch_statistics(block) for block in partition.blocks] == [True, False, False]

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,9 +87,52 @@ def test_a_boundary_inside_a_residual_block_is_refused() -> None:
     with pytest.raises(
         PartitionError,
         match=r"block 2 .* boundary `inner.a`, but also needs the output of `stem`, used by `add` of the output of "
-        r"`inner.b`\. Choose a boundary outside the residual block or skip connection",
+        r"`inner.b`\. Leave out `inner.a`, or choose a boundary outside the residual block or skip connection",
     ):
         cut_model(model, ["stem", "inner.a", "last"])
+
+
+def test_boundaries_that_a_value_passes_aside_are_named_to_be_left_out() -> None:
+    model = Container(
+        lambda self, x: self.last(self.inner(self.stem(x))),
+        stem=linear(),
+        inner=nested(lambda self, x: self.b(self.a(x)) + x),
+        last=linear(),
+    )
+    with pytest.raises(PartitionError, match=r"needs the output of `stem`.* Leave out `inner.inner.a`, or choose"):
+        cut_model(model, ["stem", "inner.inner.a", "inner", "last"])
+    assert len(cut_model(model, ["stem", "inner", "last"]).blocks) == 3
+
+
+def test_boundaries_are_named_up_to_the_last_use_of_what_passes_them() -> None:
+    def forward(self: Any, x: Tensor) -> Any:
+        x = self.a(x)
+        return self.d(self.c(self.b(x)) + x)
+
+    model = Container(forward, a=linear(), b=linear(), c=linear(), d=linear())
+    with pytest.raises(PartitionError, match=r"block 2 .* output of `a`.* Leave out `b`, or choose"):
+        cut_model(model, ["a", "b", "d"])
+    with pytest.raises(PartitionError, match=r"Leave out `b`, `c`, or choose"):
+        cut_model(model, ["a", "b", "c", "d"])
+    assert len(cut_model(model, ["a", "d"]).blocks) == 2
+
+
+def resized(self: Any, x: Tensor) -> Tensor:
+    return F.interpolate(self.b(self.a(x)), size=x.shape[-1])
+
+
+def test_an_end_that_needs_the_input_but_trains_nothing_names_the_module_to_end_with() -> None:
+    model = container(resized)
+    with pytest.raises(PartitionError, match=r"the model's input `x`.*trained from there on: end .* at `b`\."):
+        cut_model(model, ["a", ""])
+    assert len(cut_model(model, ["a", "b"]).blocks) == 2
+
+
+def test_a_module_whose_parts_are_called_one_by_one_names_the_last_of_them() -> None:
+    model = Container(lambda self, x: self.head[1](self.head[0](self.a(x))), a=linear(), head=chain())
+    with pytest.raises(PartitionError, match=r"`head` of the student must be called .*is called, `head\.1`\."):
+        cut_model(model, ["a", "head"])
+    assert len(cut_model(model, ["a", "head.1"]).blocks) == 2
 
 
 def test_a_model_input_that_is_used_later_is_refused() -> None:
@@ -186,6 +230,7 @@ def test_a_container_that_sets_attributes_is_refused_and_left_as_it_was() -> Non
     [
         pytest.param(lambda self, x: self.b(self.a(x) + torch.rand(3)), id="torch"),
         pytest.param(lambda self, x: self.b(self.a(x) + random.random()), id="python"),
+        pytest.param(lambda self, x: self.b(self.a(x) + float(np.random.rand())), id="numpy"),
     ],
 )
 def test_random_numbers_that_a_recording_would_freeze_are_refused(draw: Callable[[Any, Any], Any]) -> None:
