@@ -64,9 +64,9 @@ class Heartbeats:
                 self._socket.sendto(payload, address)
 
     def receive(self) -> list[Standing]:
-        """Take what has arrived, in the order of arrival."""
+        """Take what has arrived, in the order of arrival; nothing after :meth:`close`."""
         received: list[Standing] = []
-        while True:
+        while self._socket.fileno() >= 0:
             try:
                 payload, address = self._socket.recvfrom(_MAX_BYTES)
             except BlockingIOError:
@@ -79,6 +79,7 @@ class Heartbeats:
                 # A machine may know itself by an address that others cannot use; its own heartbeats show the right one.
                 self._peers[standing.rank] = address
                 received.append(standing)
+        return received
 
     def close(self) -> None:
         """Close the socket."""

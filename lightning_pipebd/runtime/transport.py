@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from enum import IntEnum
 from functools import partial
@@ -61,10 +62,16 @@ class Transport(ABC):
     """What a rank can do with other ranks.
 
     Whatever waits for a rank that has ended raises :class:`TransportError`; so may whatever is begun with it.
+
+    Attributes:
+        rank: This rank.
+        num_ranks: All ranks.
+        meeting: Gives a context around every collective over all ranks.
     """
 
     rank: int
     num_ranks: int
+    meeting: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
 
     @abstractmethod
     def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
@@ -329,7 +336,7 @@ class ProcessGroupTransport(Transport):
     @override
     def broadcast(self, tensor: Tensor, source: int) -> None:
         host = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-        with _Reported(f"broadcasting from rank {source}"):
+        with self.meeting(), _Reported(f"broadcasting from rank {source}"):
             # As bytes: gloo has collectives for few element types.
             dist.broadcast(host.reshape(-1).view(torch.uint8), source, group=self._control)
         if self.rank != source and host.data_ptr() != tensor.data_ptr():
@@ -338,7 +345,7 @@ class ProcessGroupTransport(Transport):
     @override
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.num_ranks
-        with _Reported(f"gathering on rank {self.rank}"):
+        with self.meeting(), _Reported(f"gathering on rank {self.rank}"):
             dist.all_gather_object(values, value, group=self._control)
         return values
 

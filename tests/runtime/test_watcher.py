@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -152,6 +153,47 @@ def test_a_rank_that_died_without_a_word_is_named_by_the_one_that_waited_for_it(
         one.stand_at(1, 0)
         report = one.watcher.fail(RelayError("will not arrive from rank 0"))
         assert "because rank 0 has closed its connections without a word" in report
+
+
+def test_a_rank_that_meets_all_others_while_one_of_them_waits_for_it_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with two_ranks(Bounds(0.2, 60.0, grace_s=0.1)) as (zero, one), zero.progress.meeting((1,)):
+        one.stand_at(1, 0)
+        assert zero.ended.get(timeout=20) == one.ended.get(timeout=20)
+    report = capsys.readouterr().err
+    assert "wait for each other" in report
+    assert "step -1: meeting all ranks, waits for rank 1" in report
+
+
+def test_a_collective_is_a_meeting() -> None:
+    world, progress = LocalWorld(2), Progress()
+    world.transports[0].meeting = partial(progress.meeting, (1,))
+    mine = threading.Thread(target=world.transports[0].all_gather_object, args=(0,))
+    mine.start()
+    while progress.waits_for != (1,):
+        time.sleep(0.01)
+    world.transports[1].all_gather_object(1)
+    mine.join(20)
+    assert progress.waits_for == ()
+
+
+def test_after_the_end_nothing_is_said_and_nothing_is_waited_for() -> None:
+    with two_ranks(Bounds(60.0, 60.0)) as (zero, _):
+        zero.watcher.close()
+        assert zero.watcher.fail(ArithmeticError("in a validation after the training")) == ""
+
+
+def test_a_rank_ends_even_if_its_report_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=refuse, flush=lambda: None))
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with two_ranks(Bounds(0.2, 60.0, grace_s=0.1)) as (zero, one):
+        zero.stand_at(0, 3)
+        one.stand_at(1, 0)
+        assert (zero.ended.get(timeout=20), one.ended.get(timeout=20)) == (0, 0)
 
 
 def test_the_bound_grows_with_slow_steps_and_is_wide_at_the_start() -> None:
