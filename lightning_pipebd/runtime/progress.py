@@ -76,7 +76,7 @@ class Progress:
 
     @contextmanager
     def meeting(self, others: tuple[int, ...]) -> Iterator[None]:
-        """Say that other ranks are waited for inside the context: if one of them waits for this one, they never come."""
+        """Say that other ranks are waited for inside the context; one that waits for this rank will never come."""
         before = self.place, self.waits_for
         self.place, self.waits_for = "meeting all ranks", others
         self.num_marks += 1

@@ -71,7 +71,7 @@ class Transport(ABC):
 
     rank: int
     num_ranks: int
-    meeting: Callable[[], AbstractContextManager[None]] = staticmethod(nullcontext)
+    meeting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @abstractmethod
     def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import threading
 import time
@@ -217,6 +218,34 @@ def test_heartbeats_of_another_run_are_not_believed() -> None:
     assert received == [Standing(1, place="LEARN")]
     mine.close()
     other.close()
+
+
+def test_a_rank_that_knows_itself_by_a_loopback_address_alone_reaches_other_machines() -> None:
+    mine = Heartbeats(0, "127.0.0.1")
+    mine.connect([mine.introduce(), ("192.0.2.77", 9, "")])
+    try:
+        mine._socket.sendto(b"", ("192.0.2.77", 9))
+    except OSError as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            pytest.skip("this machine has no network")
+        raise
+    finally:
+        mine.close()
+
+
+def test_heartbeats_are_heard_from_a_rank_whose_name_cannot_be_resolved() -> None:
+    mine, other = Heartbeats(0), Heartbeats(1, "no such host.invalid")
+    introductions = [mine.introduce(), other.introduce()]
+    for each in (mine, other):
+        each.connect(introductions)
+    other.send(Standing(1, place="LEARN"))
+    received: list[Standing] = []
+    while not received:
+        received = mine.receive()
+    assert received == [Standing(1, place="LEARN")]
+    for each in (mine, other):
+        each.close()
+        assert each.receive() == []
 
 
 def test_progress_measures_steps_and_loading_after_the_first_ones() -> None:
