@@ -63,7 +63,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
             raise ValueError(f"`on_save_error` must be 'raise' or 'warn', but is {on_save_error!r}. Choose one.")
         self._on_save_error = on_save_error
         self._has_failed = False
-        self.block_of: Callable[[str], str | None] = lambda name: None
+        self.block_of: Callable[[str], str | None] = _of_no_block
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -155,6 +155,11 @@ def newest_intact(damaged: Any, checkpoint_io: CheckedCheckpointIO) -> Path | No
     for path in sorted(others, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         if not checkpoint_io.find_damage(path):
             return path
+    return None
+
+
+def _of_no_block(name: str) -> None:
+    # No lambda: strategies may be pickled before they are used.
     return None
 
 

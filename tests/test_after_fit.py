@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -39,6 +40,24 @@ def fail_after_fit(make_trainer: MakeTrainer) -> int:
     trainer = make_trainer(max_steps=2)
     trainer.fit(module, loader)
     return trainer.global_step
+
+
+def validate_again_and_again(make_trainer: MakeTrainer) -> list[int]:
+    module = LinearModule()
+    loader = make_loader(module, 8, 4)
+    trainer = make_trainer(max_steps=2)
+    trainer.fit(module, loader)
+    counts = []
+    for _ in range(3):
+        trainer.validate(module, loader, verbose=False)
+        counts.append(len(os.listdir("/proc/self/fd")))
+    return counts
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not list open files")
+def test_an_evaluation_opens_no_connections_that_the_training_had() -> None:
+    for first, *others in under_plan(validate_again_and_again, plan="0-1|2-3"):
+        assert others == [first, first]
 
 
 def test_an_error_after_the_training_is_raised_and_another_training_is_possible() -> None:

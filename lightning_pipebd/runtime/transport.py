@@ -165,6 +165,9 @@ class ProcessGroupTransport(Transport):
         share_device: Whether some ranks compute on one GPU; NCCL refuses that, and messages go through host memory.
         shares_memory: Whether boundaries, and sums of host memory, pass through memory that ranks of one host share,
             where that can be; by gloo otherwise.
+
+    Attributes:
+        has_failed: Set when a rank has ended with an error: messages of then may still be on their way.
     """
 
     def __init__(
@@ -178,6 +181,8 @@ class ProcessGroupTransport(Transport):
         shares_memory: bool = True,
     ) -> None:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self._world: Any = dist.group.WORLD
+        self.has_failed = False
         self._device = device
         self._timeout = timeout
         self._use_nccl = device.type == "cuda" and not share_device
@@ -196,6 +201,11 @@ class ProcessGroupTransport(Transport):
         self._shares_memory = shares_memory and not self._use_nccl
         self._connected: set[tuple[int, int]] = set()
         self.connect(edges, groups)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether another fit or evaluation may use it: each costs connections, which stay until the process ends."""
+        return not self.has_failed and dist.is_initialized() and dist.group.WORLD is self._world
 
     @override
     def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
