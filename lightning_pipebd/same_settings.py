@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning
 from lightning.pytorch import Trainer
 
-import lightning_pipebd
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.runtime.transport import Transport
 from lightning_pipebd.session_choice import PlanRequest
@@ -54,7 +55,7 @@ def check_same_settings(
     """
     finder = request.finder
     values: dict[str, Any] = {
-        "lightning_pipebd": lightning_pipebd.__version__,
+        "lightning_pipebd": _digest_package(),
         "lightning": lightning.__version__,
         "module": type(module).__qualname__,
         "plan": request.given_plan(module, transport.num_ranks),
@@ -92,6 +93,15 @@ def compare_settings(transport: Transport, settings: Mapping[str, str]) -> None:
                     f"{_short(theirs.get(name, 'not known'))} on rank {rank}. Start all of them with the same code and "
                     "the same arguments."
                 )
+
+
+def _digest_package() -> str:
+    # Not the version: what is installed on one machine may be another state of the same version.
+    digest = hashlib.blake2b(digest_size=8)
+    folder = Path(__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(f"{path.relative_to(folder)}".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _short(text: str, most: int = 200) -> str:
