@@ -15,7 +15,7 @@ from lightning_pipebd.data import POSITION
 from lightning_pipebd.data_position import DataPosition
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
-from lightning_pipebd.lightning_internals.trainer import begin_next_epoch, silence_resume_warning
+from lightning_pipebd.lightning_internals.trainer import begin_next_epoch, find_last_checkpoint, silence_resume_warning
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.pipeline_session import PipelineSession
 from lightning_pipebd.runtime.transport import ProcessGroupTransport
@@ -55,6 +55,25 @@ class CheckedCheckpoints(ProcessGroupStrategy):
         super().connect(model)
         if isinstance(self.checkpoint_io, CheckedCheckpointIO) and isinstance(model, DistillationModule):
             self.checkpoint_io.block_of = _blocks_of_names(model).get
+
+    @override
+    def setup_environment(self) -> None:
+        """**Collective** over all ranks: meet, and see whether all of them resume.
+
+        Raises:
+            ValueError: With ``ckpt_path="last"`` this rank finds a checkpoint where rank 0 finds none, or the reverse.
+        """
+        super().setup_environment()
+        if not self.resumes_last:
+            return
+        assert self.lightning_module is not None
+        mine = find_last_checkpoint(self.lightning_module.trainer)
+        theirs = self.broadcast(mine)
+        if (mine is None) != (theirs is None):
+            raise ValueError(
+                f"`ckpt_path='last'` must find a checkpoint on all ranks or on none, but finds {mine or 'none'} on "
+                f"rank {self.global_rank} and {theirs or 'none'} on rank 0. Save to a directory that all machines see."
+            )
 
     @override
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ and buffers, which tells what a damage has hit.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import os
 import struct
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +30,7 @@ __all__ = ["CheckedCheckpointIO", "CheckpointError", "choose_intact", "newest_in
 _END = struct.Struct("<4s16sH")
 _SIGNATURE = b"PK\x05\x06"
 _MAX_COMMENT = 65_535
+_LEFT_OVER_S = 600
 _TITLE = "sha256 of a checkpoint"
 
 
@@ -63,7 +66,7 @@ class CheckedCheckpointIO(TorchCheckpointIO):
             raise ValueError(f"`on_save_error` must be 'raise' or 'warn', but is {on_save_error!r}. Choose one.")
         self._on_save_error = on_save_error
         self._has_failed = False
-        self.block_of: Callable[[str], str | None] = lambda name: None
+        self.block_of: Callable[[str], str | None] = _of_no_block
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -158,6 +161,11 @@ def newest_intact(damaged: Any, checkpoint_io: CheckedCheckpointIO) -> Path | No
     return None
 
 
+def _of_no_block(name: str) -> None:
+    # No lambda: strategies may be pickled before they are used.
+    return None
+
+
 def _is_local(path: Any) -> bool:
     return "://" not in str(path)
 
@@ -169,6 +177,7 @@ def _publish(content: bytes, target: Path) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        _remove_left_over(partial, target)
         partial.replace(target)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -178,6 +187,15 @@ def _publish(content: bytes, target: Path) -> None:
         os.fsync(directory)  # the new name, too, must survive a power cut
     finally:
         os.close(directory)
+
+
+def _remove_left_over(partial: Path, target: Path) -> None:
+    # What processes left that were killed while they saved this file; a part that somebody writes now is younger.
+    now_s = partial.stat().st_mtime
+    for other in target.parent.glob(f".{glob.escape(target.name)}.*.partial"):
+        with suppress(OSError):
+            if now_s - other.stat().st_mtime > _LEFT_OVER_S:
+                other.unlink()
 
 
 def _seal(archive: bytes, blocks: dict[str, str]) -> bytes:

@@ -60,13 +60,14 @@ class MeasurementCache:
 
     Args:
         folder: Where they lie; `None` takes `$PIPEBD_CACHE`, or else `~/.cache/lightning_pipebd`. An empty
-            `$PIPEBD_CACHE` keeps nothing.
+            `$PIPEBD_CACHE` keeps nothing, and so does a user without a home.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         given = os.environ.get("PIPEBD_CACHE") if folder is None else str(folder)
-        self.folder = Path("~/.cache/lightning_pipebd").expanduser() if given is None else Path(given)
-        self._is_on = given != ""
+        # Not by `Path.expanduser`, which raises where a user has no home.
+        self.folder = Path(os.path.expanduser("~/.cache/lightning_pipebd") if given is None else given)
+        self._is_on = given != "" and self.folder.parts[:1] != ("~",)
 
     def path(self, key: Mapping[str, Any]) -> Path:
         """Give the file of a key."""
@@ -76,7 +77,8 @@ class MeasurementCache:
     def find(self, key: Mapping[str, Any]) -> Measurement | PipelineMeasurement | None:
         """Give the measurement of a key, if there is one; warns of a damaged file and gives nothing."""
         path = self.path(key)
-        if not self._is_on or not path.exists():
+        # Not by `Path.exists`, which raises where the folder is somebody else's.
+        if not self._is_on or not os.path.exists(path):
             return None
         try:
             return load_measurement(path)

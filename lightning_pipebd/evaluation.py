@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -17,11 +18,12 @@ from lightning_pipebd.checked_checkpoints import CheckedCheckpoints
 from lightning_pipebd.data import BatchHeader, EvaluationLoader
 from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.lightning_internals.module import COMPLETE
-from lightning_pipebd.lightning_internals.trainer import seed_workers
+from lightning_pipebd.lightning_internals.trainer import logged_keys, seed_workers
 from lightning_pipebd.row_loader import RowLoader
+from lightning_pipebd.runtime.transport import Transport
 from lightning_pipebd.session_choice import require_module
 
-__all__ = ["CompleteValues", "Evaluation"]
+__all__ = ["CompleteValues", "Evaluation", "check_logged_alike"]
 
 
 class CompleteValues:
@@ -122,6 +124,7 @@ class Evaluation(CheckedCheckpoints):
         is_training = self._session is not None and require_module(self.lightning_module).trainer.training
         if self._is_in_evaluation_step or is_training or group is COMPLETE:
             return tensor
+        self._check_logged()
         if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg"):
             # Sums and numbers of rows alike: a mean rounded to float32, or to an integer, would be a wrong weight.
             tensor = tensor.double()
@@ -165,11 +168,32 @@ class Evaluation(CheckedCheckpoints):
             self._assemble_student()
             self._session.placement.gather()
 
+    def _check_logged(self) -> None:
+        if self._transport is not None:
+            check_logged_alike(self._transport, require_module(self.lightning_module).trainer)
+
     def _end_evaluation(self) -> None:
+        self._check_logged()
         self._share_logs(False)
         self._complete_values.restore()
         if self._session is not None:
             self._session.placement.place()
+
+
+def check_logged_alike(transport: Transport, trainer: Trainer) -> None:
+    """**Collective** over all ranks: compare what is about to be exchanged; values of different names must not meet.
+
+    Raises:
+        ValueError: The ranks have logged different values; on all of them.
+    """
+    everyone = transport.all_gather_object(logged_keys(trainer)) if transport.num_ranks > 1 else [[]]
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise ValueError(
+                f"`self.log` must log the same names in the same order on every rank, but an evaluation logged "
+                f"{everyone[0]} on rank 0 and {theirs} on rank {rank}: each rank sees its rows of a batch alone. Log "
+                "every name in every step, or log it once in the hook at the end of the epoch."
+            )
 
 
 def _is_alone() -> bool:

@@ -102,6 +102,7 @@ class FitSession:
             destinations=[receiver for sender, receiver in edges if sender == self._rank],
             max_in_flight=self._max_in_flight,
         )
+        transport.meeting = partial(self.progress.meeting, tuple(set(range(transport.num_ranks)) - {self._rank}))
         others = [rank for rank in range(transport.num_ranks) if rank != first]
         self._outbox = Outbox(transport, others, Lane.HEADERS) if self._rank == first and others else None
         self._mailbox = Mailbox(transport, first, Lane.HEADERS) if self._rank != first else None
@@ -150,15 +151,17 @@ class FitSession:
     def close(self) -> None:
         """Finish all exchanges; every rank must do so after the same step."""
         if self._is_open:
-            self._is_open = False
-            if self._watcher is not None:
-                self._watcher.close()
+            self.progress.mark("ending the training")
             self._relay.close()
             if self._outbox is not None:
                 self._outbox.close()
             if self._mailbox is not None:
                 self._mailbox.close()
             self._metrics.close()
+            # Last: until then this rank may wait for one that is lost.
+            if self._watcher is not None:
+                self._watcher.close()
+            self._is_open = False
 
     def abandon(self, error: BaseException) -> str:
         """This rank ends with an error: wait for nobody any more; gives the report of what is known of the run."""

@@ -204,7 +204,7 @@ class TrainingSession(FitSession):
     @override
     def end(self) -> None:
         """Take back what was changed in the trainer, the optimizers and the precision plugin."""
-        if hasattr(self, "_metrics"):
+        if hasattr(self, "scalers"):
             remove_callback(self._trainer, self._converged)
             self.scalers.restore()
         if self._norms is not None:

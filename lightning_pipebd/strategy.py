@@ -20,6 +20,7 @@ from typing_extensions import override
 from lightning_pipebd.automatic_pipeline import FoundPipeline
 from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder
 from lightning_pipebd.checkpoint import synchronise_models
+from lightning_pipebd.connections import connect_ranks
 from lightning_pipebd.data import BatchHeader, check_loader
 from lightning_pipebd.lifeline import check_time_limit, report_failure, start_limit, tie_to_launcher
 from lightning_pipebd.lightning_internals.trainer import silence_sigterm_broadcast
@@ -35,7 +36,7 @@ from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.preflight import check_callbacks, check_schedulers
 from lightning_pipebd.replanning import Replanning
-from lightning_pipebd.runtime.transport import ProcessGroupTransport
+from lightning_pipebd.same_settings import check_same_settings
 from lightning_pipebd.session_choice import PlanRequest, SessionChoice, check_session_optimizers, require_module
 from lightning_pipebd.signals import give_exit_status, handle_signals_outside_fit
 
@@ -168,11 +169,8 @@ class PipeBDStrategy(Replanning):
         if is_fit or self._session is None or not self._session.is_for(module):
             self._session = None
             self._handed_over_at = -1
-        self._transport = ProcessGroupTransport(
-            self.root_device,
-            timeout=self._timeout,
-            share_device=len(set(self.parallel_devices or ())) < self.num_processes,
-        )
+        self._transport = connect_ranks(self, self._transport, self._timeout)
+        check_same_settings(self._transport, trainer, module, self._request)
         synchronise_models(self._transport, module)
         if not is_fit:
             handle_signals_outside_fit(trainer)
@@ -278,6 +276,8 @@ class PipeBDStrategy(Replanning):
     @override
     def on_exception(self, exception: BaseException) -> None:
         give_exit_status(exception)
+        if self._transport is not None:
+            self._transport.has_failed = True
         if self._session is not None:
             report_failure(exception, self._session.abandon(exception))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,24 @@ def test_a_key_depends_on_what_the_costs_depend_on_and_on_nothing_else(tmp_path:
     assert cache.path(key_of()) not in paths
     same = [key_of(module=trained), key_of(optimizers=[torch.optim.SGD(parameters, lr=0.7)])]
     assert {cache.path(key) for key in same} == {cache.path(key_of())}
+
+
+def test_a_cache_in_the_folder_of_somebody_else_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert MeasurementCache(tmp_path).find({"a": 1}) is None
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.warns(UserWarning, match="Set PIPEBD_CACHE to a folder that can be written"):
+        MeasurementCache(tmp_path / "new").keep({"a": 1}, make_measurement())
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PIPEBD_CACHE")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])
+    cache = MeasurementCache()
+    cache.keep({"a": 1}, make_measurement())
+    assert cache.find({"a": 1}) is None
+    assert not cache.folder.exists()

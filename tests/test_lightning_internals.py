@@ -17,6 +17,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
@@ -58,6 +59,11 @@ FUNCTIONS: list[tuple[Any, list[str]]] = [
     (_ResultCollection.update_metrics, ["self", "key", "value", "batch_size"]),
     (_LoggerConnector.should_reset_tensors, ["self", "fx"]),
     (ParallelStrategy.reduce_boolean_decision, ["self", "decision", "all"]),
+    (
+        _CheckpointConnector._parse_ckpt_path,
+        ["self", "state_fn", "ckpt_path", "model_provided", "model_connected"],
+    ),
+    (_ResultCollection.valid_items, ["self"]),
 ]
 
 

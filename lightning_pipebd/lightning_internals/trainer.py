@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "begin_next_epoch",
+    "find_last_checkpoint",
     "follow_requeue_signal",
     "is_logging_step",
+    "logged_keys",
     "logging_step",
     "redirect_signals",
     "request_train_loader",
@@ -133,6 +135,19 @@ def without_train_loader(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         loop._combined_loader, loop._data_fetcher = before
+
+
+def find_last_checkpoint(trainer: Trainer) -> Any:
+    """Give the path that ``ckpt_path="last"`` stands for in this process; ``None`` if there is none."""
+    fn, connector = trainer.state.fn, trainer._checkpoint_connector
+    return None if fn is None else connector._parse_ckpt_path(fn, "last", model_provided=True, model_connected=True)
+
+
+def logged_keys(trainer: Trainer) -> list[str]:
+    """Name the values that an evaluation exchanges at its end, in the order in which it does."""
+    results = trainer._results if trainer.evaluating or trainer.sanity_checking else None
+    found = results.valid_items() if results is not None else ()
+    return [key for key, value in found if value.meta.on_epoch and not value.meta.sync.rank_zero_only]
 
 
 def validates_by_time(trainer: Trainer) -> bool:

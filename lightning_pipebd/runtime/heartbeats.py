@@ -33,20 +33,17 @@ class Heartbeats:
 
     def __init__(self, rank: int, towards: str = "127.0.0.1") -> None:
         self._rank = rank
-        family = socket.getaddrinfo(towards, 1, type=socket.SOCK_DGRAM)[0][0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((towards, 1))  # sends nothing, but chooses the way
-            own = probe.getsockname()[0]
+        family, self._host = _find_own_address(towards)
         self._socket = socket.socket(family, socket.SOCK_DGRAM)
-        self._socket.bind((own, 0))
+        # To all addresses of this machine: one that it alone knows itself by (127.0.1.1) can send to no other machine.
+        self._socket.bind(("", 0))
         self._socket.setblocking(False)
         self._token = ""
         self._peers: dict[int, Any] = {}
 
     def introduce(self) -> tuple[str, int, str]:
         """Give the host and port that the others send to, and a secret that may become the run's."""
-        host, port = self._socket.getsockname()[:2]
-        return host, port, os.urandom(8).hex()
+        return self._host, self._socket.getsockname()[1], os.urandom(8).hex()
 
     def connect(self, addresses: Sequence[tuple[str, int, str]]) -> None:
         """Learn what every rank introduced itself with, in rank order.
@@ -64,9 +61,9 @@ class Heartbeats:
                 self._socket.sendto(payload, address)
 
     def receive(self) -> list[Standing]:
-        """Take what has arrived, in the order of arrival."""
+        """Take what has arrived, in the order of arrival; nothing after :meth:`close`."""
         received: list[Standing] = []
-        while True:
+        while self._socket.fileno() >= 0:
             try:
                 payload, address = self._socket.recvfrom(_MAX_BYTES)
             except BlockingIOError:
@@ -79,6 +76,7 @@ class Heartbeats:
                 # A machine may know itself by an address that others cannot use; its own heartbeats show the right one.
                 self._peers[standing.rank] = address
                 received.append(standing)
+        return received
 
     def close(self) -> None:
         """Close the socket."""
@@ -92,3 +90,14 @@ class Heartbeats:
             return Standing(**{**fields, "waits_for": tuple(fields["waits_for"])})
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
+
+
+def _find_own_address(towards: str) -> tuple[socket.AddressFamily, str]:
+    with suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(towards, 1, type=socket.SOCK_DGRAM):
+            # A name may stand for addresses of a family that this machine has switched off.
+            with suppress(OSError), socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing, but chooses the way
+                return family, str(probe.getsockname()[0])
+    # The others learn from this rank's heartbeats where it is.
+    return socket.AF_INET, "127.0.0.1"

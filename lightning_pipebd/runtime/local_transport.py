@@ -136,7 +136,8 @@ class LocalTransport(Transport):
     def _gather(self, kind: str, value: Any) -> list[Any]:
         key = self._key(kind)
         self._world.contribute(key, tuple(range(self.num_ranks)), self.rank, value)
-        return self._world.collect(key, self.rank)
+        with self.meeting():
+            return self._world.collect(key, self.rank)
 
     def _key(self, kind: Any) -> tuple[Any, int]:
         self._counts[kind] += 1

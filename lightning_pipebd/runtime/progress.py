@@ -27,7 +27,7 @@ class Progress:
         place: What the thread does outside of a program, as text.
         is_training: Whether it is at a place whose time is known from earlier steps: loading a batch, or in a program.
             Hooks, evaluation and saving take as long as the user's code wants.
-        waits_for: Ranks that loading waits for.
+        waits_for: Ranks that loading, or a meeting of all ranks, waits for.
         step: The step it works on, -1 before the first.
         num_rows: Rows of its batch.
         is_update: Whether its program ends with an update.
@@ -72,6 +72,17 @@ class Progress:
     def mark(self, place: str) -> None:
         """Say what the thread does now, for a time that nobody knows beforehand."""
         self.place = place
+        self.num_marks += 1
+
+    @contextmanager
+    def meeting(self, others: tuple[int, ...]) -> Iterator[None]:
+        """Say that other ranks are waited for inside the context; one that waits for this rank will never come."""
+        before = self.place, self.waits_for
+        self.place, self.waits_for = "meeting all ranks", others
+        self.num_marks += 1
+        yield
+        # Not after an error, as below.
+        self.place, self.waits_for = before
         self.num_marks += 1
 
     @contextmanager

@@ -59,9 +59,11 @@ class Passport(NamedTuple):
 def issue_passport() -> Passport:
     """Give this process's passport; no other process can read it where the system has no anonymous files."""
     token = secrets.token_bytes(16)
-    if not hasattr(os, "memfd_create") or not _boot():
+    try:
+        file = os.memfd_create("pipebd-passport")
+    except (AttributeError, OSError):
+        # Not on Linux, or in a container that forbids it.
         return Passport("", os.getpid(), -1, token)
-    file = os.memfd_create("pipebd-passport")
     os.write(file, token)
     return Passport(_boot(), os.getpid(), file, token)
 
@@ -182,5 +184,7 @@ def _path(pid: int, file: int) -> str:
 
 
 def _boot() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from enum import IntEnum
 from functools import partial
@@ -61,10 +62,16 @@ class Transport(ABC):
     """What a rank can do with other ranks.
 
     Whatever waits for a rank that has ended raises :class:`TransportError`; so may whatever is begun with it.
+
+    Attributes:
+        rank: This rank.
+        num_ranks: All ranks.
+        meeting: Gives a context around every collective over all ranks.
     """
 
     rank: int
     num_ranks: int
+    meeting: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @abstractmethod
     def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
@@ -158,6 +165,9 @@ class ProcessGroupTransport(Transport):
         share_device: Whether some ranks compute on one GPU; NCCL refuses that, and messages go through host memory.
         shares_memory: Whether boundaries, and sums of host memory, pass through memory that ranks of one host share,
             where that can be; by gloo otherwise.
+
+    Attributes:
+        has_failed: Set when a rank has ended with an error: messages of then may still be on their way.
     """
 
     def __init__(
@@ -171,6 +181,8 @@ class ProcessGroupTransport(Transport):
         shares_memory: bool = True,
     ) -> None:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self._world: Any = dist.group.WORLD
+        self.has_failed = False
         self._device = device
         self._timeout = timeout
         self._use_nccl = device.type == "cuda" and not share_device
@@ -189,6 +201,11 @@ class ProcessGroupTransport(Transport):
         self._shares_memory = shares_memory and not self._use_nccl
         self._connected: set[tuple[int, int]] = set()
         self.connect(edges, groups)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether another fit or evaluation may use it: each costs connections, which stay until the process ends."""
+        return not self.has_failed and dist.is_initialized() and dist.group.WORLD is self._world
 
     @override
     def connect(self, edges: Sequence[tuple[int, int]], groups: Sequence[tuple[int, ...]]) -> None:
@@ -329,7 +346,7 @@ class ProcessGroupTransport(Transport):
     @override
     def broadcast(self, tensor: Tensor, source: int) -> None:
         host = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-        with _Reported(f"broadcasting from rank {source}"):
+        with self.meeting(), _Reported(f"broadcasting from rank {source}"):
             # As bytes: gloo has collectives for few element types.
             dist.broadcast(host.reshape(-1).view(torch.uint8), source, group=self._control)
         if self.rank != source and host.data_ptr() != tensor.data_ptr():
@@ -338,7 +355,7 @@ class ProcessGroupTransport(Transport):
     @override
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.num_ranks
-        with _Reported(f"gathering on rank {self.rank}"):
+        with self.meeting(), _Reported(f"gathering on rank {self.rank}"):
             dist.all_gather_object(values, value, group=self._control)
         return values
 

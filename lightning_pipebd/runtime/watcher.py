@@ -121,6 +121,7 @@ class Watcher:
         self._failed_at: float | None = None
         self._main = threading.get_ident()
         self._closing = threading.Event()
+        self._has_left = False
         self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
         self._thread.start()
 
@@ -131,8 +132,11 @@ class Watcher:
     def fail(self, error: BaseException) -> str:
         """Tell the others why this rank ends; give the report of what is known of the run.
 
-        If another rank has failed before, that rank is the one that the others are told of.
+        If another rank has failed before, that rank is the one that the others are told of. After :meth:`close` there
+        is nobody to tell, and nothing is known.
         """
+        if self._has_left:
+            return ""
         culprit = self._blame(error)
         self._leave(self._last_words(culprit))
         return self._report(culprit)
@@ -162,6 +166,7 @@ class Watcher:
         return Culprit(self._rank, f"failed: {type(error).__name__}: {lines[0] if lines else ''}", is_stall=False)
 
     def _leave(self, standing: Standing) -> None:
+        self._has_left = True
         is_first = not self._closing.is_set()
         self._closing.set()
         self._thread.join()
@@ -245,16 +250,19 @@ class Watcher:
 
     def _give_up(self, culprit: Culprit) -> None:
         self._closing.set()
-        report = self._report(culprit)
-        if culprit.rank == self._rank:
-            frame = sys._current_frames().get(self._main)
-            stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
-            report = f"Rank {self._rank} is stuck here (most recent call last):\n{stack}{report}"
-        for _ in range(_NUM_REPEATS):
-            self._heartbeats.send(self._last_words(culprit))
-        sys.stderr.write(f"{report}\n")
-        sys.stderr.flush()
-        self._end(culprit.rank)
+        try:
+            for _ in range(_NUM_REPEATS):
+                self._heartbeats.send(self._last_words(culprit))
+            report = self._report(culprit)
+            if culprit.rank == self._rank:
+                frame = sys._current_frames().get(self._main)
+                stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+                report = f"Rank {self._rank} is stuck here (most recent call last):\n{stack}{report}"
+            sys.stderr.write(f"{report}\n")
+            sys.stderr.flush()
+        finally:
+            # Even if nobody reads what is written there any more: nothing else will end the process.
+            self._end(culprit.rank)
 
     def _last_words(self, culprit: Culprit) -> Standing:
         return replace(self._stand(), failure=culprit.reason, blames=culprit.rank, is_stall=culprit.is_stall)

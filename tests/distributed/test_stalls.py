@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -81,6 +82,31 @@ def test_every_other_rank_ends_and_names_the_rank_at_fault(
     logs = [(tmp_path / f"rank-{index}.txt").read_text() for index in range(NUM_RANKS)]
     assert all(re.search(expected, log) for index, log in enumerate(logs) if index != rank), logs
     assert all(f"->rank {rank} on " in log for index, log in enumerate(logs) if index != rank), logs
+
+
+class LeavingRank(Callback):
+    """Ends the training on one rank, and tells nobody."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_rank == 2 and trainer.global_step >= STEP
+
+
+def fit_with_a_leaving_rank(make_trainer: MakeTrainer, directory: str) -> None:
+    with (Path(directory) / f"rank-{os.environ['RANK']}.txt").open("w") as log:
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    module = LinearModule()
+    strategy = PipeBDStrategy(plan=PLAN, stall_timeout=timedelta(seconds=2))
+    trainer = make_trainer(strategy=strategy, max_epochs=2, callbacks=[LeavingRank()])
+    trainer.fit(module, DataLoader(ToyData(200, module.shape), batch_size=2))
+
+
+def test_a_rank_that_leaves_an_epoch_alone_ends_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.helpers.ranks._GRACE_S", 10.0)
+    with pytest.raises((RankError, TimeoutError)):
+        under_plan(fit_with_a_leaving_rank, str(tmp_path), plan=PLAN, num_ranks=NUM_RANKS, timeout=40.0)
+    logs = [(tmp_path / f"rank-{index}.txt").read_text() for index in range(NUM_RANKS)]
+    assert all("wait for each other" in log for log in logs), logs
+    assert all("rank 2 on " in log and "meeting all ranks, waits for rank 0, 1" in log for log in logs), logs
 
 
 LATE = """

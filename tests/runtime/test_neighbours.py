@@ -119,6 +119,13 @@ class TestConnecting:
         monkeypatch.setattr(neighbours.Passport, "is_readable", lambda passport: False)
         assert among_neighbours(2, lambda own, rank: (own.senders, own.receivers, own.summations)) == [({}, {}, {})] * 2
 
+    def test_where_anonymous_files_are_forbidden_are_no_neighbours(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(name: str) -> int:
+            raise PermissionError
+
+        monkeypatch.setattr(os, "memfd_create", refuse)
+        assert among_neighbours(2, lambda own, rank: (own.senders, own.receivers, own.summations)) == [({}, {}, {})] * 2
+
     def test_edge_has_one_sender_and_one_receiver(self) -> None:
         seen = among_neighbours(3, lambda own, rank: (list(own.senders), list(own.receivers)))
         assert seen == [([1], []), ([], [0]), ([], [])]

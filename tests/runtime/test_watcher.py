@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -154,6 +156,47 @@ def test_a_rank_that_died_without_a_word_is_named_by_the_one_that_waited_for_it(
         assert "because rank 0 has closed its connections without a word" in report
 
 
+def test_a_rank_that_meets_all_others_while_one_of_them_waits_for_it_is_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with two_ranks(Bounds(0.2, 60.0, grace_s=0.1)) as (zero, one), zero.progress.meeting((1,)):
+        one.stand_at(1, 0)
+        assert zero.ended.get(timeout=20) == one.ended.get(timeout=20)
+    report = capsys.readouterr().err
+    assert "wait for each other" in report
+    assert "step -1: meeting all ranks, waits for rank 1" in report
+
+
+def test_a_collective_is_a_meeting() -> None:
+    world, progress = LocalWorld(2), Progress()
+    world.transports[0].meeting = partial(progress.meeting, (1,))
+    mine = threading.Thread(target=world.transports[0].all_gather_object, args=(0,))
+    mine.start()
+    while progress.waits_for != (1,):
+        time.sleep(0.01)
+    world.transports[1].all_gather_object(1)
+    mine.join(20)
+    assert progress.waits_for == ()
+
+
+def test_after_the_end_nothing_is_said_and_nothing_is_waited_for() -> None:
+    with two_ranks(Bounds(60.0, 60.0)) as (zero, _):
+        zero.watcher.close()
+        assert zero.watcher.fail(ArithmeticError("in a validation after the training")) == ""
+
+
+def test_a_rank_ends_even_if_its_report_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=refuse, flush=lambda: None))
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
+    with two_ranks(Bounds(0.2, 60.0, grace_s=0.1)) as (zero, one):
+        zero.stand_at(0, 3)
+        one.stand_at(1, 0)
+        assert (zero.ended.get(timeout=20), one.ended.get(timeout=20)) == (0, 0)
+
+
 def test_the_bound_grows_with_slow_steps_and_is_wide_at_the_start() -> None:
     bounds = Bounds(stall_s=60.0, other_s=1800.0)
     assert bounds.while_training(num_steps=0, slowest_s=0.0) == 300.0
@@ -175,6 +218,34 @@ def test_heartbeats_of_another_run_are_not_believed() -> None:
     assert received == [Standing(1, place="LEARN")]
     mine.close()
     other.close()
+
+
+def test_a_rank_that_knows_itself_by_a_loopback_address_alone_reaches_other_machines() -> None:
+    mine = Heartbeats(0, "127.0.0.1")
+    mine.connect([mine.introduce(), ("192.0.2.77", 9, "")])
+    try:
+        mine._socket.sendto(b"", ("192.0.2.77", 9))
+    except OSError as error:
+        if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH):
+            pytest.skip("this machine has no network")
+        raise
+    finally:
+        mine.close()
+
+
+def test_heartbeats_are_heard_from_a_rank_whose_name_cannot_be_resolved() -> None:
+    mine, other = Heartbeats(0), Heartbeats(1, "no such host.invalid")
+    introductions = [mine.introduce(), other.introduce()]
+    for each in (mine, other):
+        each.connect(introductions)
+    other.send(Standing(1, place="LEARN"))
+    received: list[Standing] = []
+    while not received:
+        received = mine.receive()
+    assert received == [Standing(1, place="LEARN")]
+    for each in (mine, other):
+        each.close()
+        assert each.receive() == []
 
 
 def test_progress_measures_steps_and_loading_after_the_first_ones() -> None:
