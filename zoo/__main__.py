@@ -28,7 +28,8 @@ def main() -> int:
     known = [name for library in options.libraries for name in entries_of(library)]
     names = [name for name in known if not options.only or name.partition(".")[2] in options.only]
     if not names or len(names) < len(options.only or ()):
-        parser.error(f"--only must name models of {', '.join(options.libraries)}: {', '.join(known)}")
+        short = (name.partition(".")[2] for name in known)
+        parser.error(f"--only must name models of {', '.join(options.libraries)}: {', '.join(short)}")
     trials = try_entries(names, options.modes)
     text = format_page(trials)
     sys.stdout.write(text)
