@@ -62,6 +62,7 @@ class PrunedOptimizer:
                     self._owned.add(number)
                 number += 1
             group["params"] = kept
+        vars(optimizer)["add_param_group"] = _refuse_group
 
     @property
     def local_numbers(self) -> list[int]:
@@ -70,6 +71,7 @@ class PrunedOptimizer:
 
     def restore(self) -> None:
         """Give the optimizer all its parameters back; it has the state of this rank's alone."""
+        vars(self.optimizer).pop("add_param_group", None)
         for group, parameters in zip(self.optimizer.param_groups, self._groups, strict=True):
             group["params"] = list(parameters)
 
@@ -112,6 +114,14 @@ class PrunedOptimizer:
         ]
         own = {local[number]: entry for number, entry in state["state"].items() if number in local}
         self.optimizer.load_state_dict({"state": own, "param_groups": groups})
+
+
+def _refuse_group(param_group: dict[str, Any]) -> None:
+    raise RuntimeError(
+        "`add_param_group` must not be called during a fit, because each rank's optimizer holds the parameters of its "
+        "own blocks, and checkpoints know the groups that there were. Make all groups in `configure_optimizers`; "
+        "one that is to wait begins with `lr=0.0`."
+    )
 
 
 def hand_over(transport: Transport, tensors_and_owners: Iterable[tuple[Sequence[Tensor], int]]) -> None:

@@ -262,3 +262,14 @@ class TestSynchronise:
         world.end(1)
         with pytest.raises(RankError, match="TransportError: rank 0 lost rank 1"):
             run_threads(1, lambda rank: synchronise(world.transports[rank], named([torch.zeros(1)])))
+
+
+def test_groups_that_are_added_during_a_fit_are_refused() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(list(model.parameters())[:2], lr=0.1)
+    pruned = PrunedOptimizer(optimizer, is_local=lambda _: True, is_owned=lambda _: True)
+    with pytest.raises(RuntimeError, match="`add_param_group` must not be called during a fit"):
+        optimizer.add_param_group({"params": list(model.parameters())[2:]})
+    pruned.restore()
+    optimizer.add_param_group({"params": list(model.parameters())[2:]})
+    assert len(optimizer.param_groups) == 2
