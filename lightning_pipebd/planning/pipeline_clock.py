@@ -281,7 +281,9 @@ class _Run:
             rank.queues.remove(queue)
             self._begin_step(number)
         for other in self._concerned(number, queue):
-            heappush(self.events, (end, other))
+            # Whoever works longer looks around when that is done.
+            if other == number or self.ranks[other].free_ms <= end:
+                heappush(self.events, (end, other))
 
     def _concerned(self, number: int, queue: _Queue) -> set[int]:
         """Give the ranks that may begin something when a task of this queue is over."""
