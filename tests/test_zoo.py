@@ -16,7 +16,7 @@ from zoo.trials import Trial, try_entries
 pytestmark = pytest.mark.skipif(find_spec("torchvision") is None, reason="the models are torchvision's")
 
 #: Between them: adapters aside, every kind of boundary, head and refusal that the library has.
-QUICK = ["squeezenet1_1", "mobilenet_v3_small", "vit", "lraspp_mobilenet_v3_large", "maxvit"]
+QUICK = ["squeezenet1_1", "mobilenet_v3_small", "vit", "lraspp_mobilenet_v3_large"]
 QUICK += ["fasterrcnn_mobilenet_v3_large_320_fpn"]
 
 

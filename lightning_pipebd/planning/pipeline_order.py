@@ -78,7 +78,7 @@ def _from_the_beginning(steady: StepKind, num_steps: int) -> list[StepKind]:
 @lru_cache(maxsize=256)
 def _best_manner(clock: PipelineClock, steady: StepKind, num_units: int) -> Manner:
     """Choose how all steps of a training are ordered, by the step in the steady state."""
-    manners = _manners(clock)
+    manners = _manners(clock, num_units)
     if len(manners) == 1:
         return manners[0]
     bound_ms = clock.bound_ms(num_units)
@@ -97,15 +97,18 @@ def _best_manner(clock: PipelineClock, steady: StepKind, num_units: int) -> Mann
     return min((own for own in found if own[0] <= _NEAR * shortest_ms), key=lambda own: own[1])[2]
 
 
-def _manners(clock: PipelineClock) -> tuple[Manner, ...]:
+def _manners(clock: PipelineClock, num_units: int) -> tuple[Manner, ...]:
     if clock.schedule is Schedule.TEACHER_FIRST:
         return (Manner(0, 0.0),)
     if clock.all_forward_first:
         return (Manner(0, 0.0), Manner(0, 0.5))
     num_stages = len(clock.plan.student_stages)
-    # With one stage there is nobody to wait for.
+    if num_stages == 1:
+        # There is nobody to wait for.
+        return _MANNERS[:1]
     fitting = [manner for manner in (*_MANNERS, Manner(num_stages, 0.0)) if manner.num_spare <= num_stages]
-    return tuple(dict.fromkeys(fitting)) if num_stages > 1 else _MANNERS[:1]
+    # More to spare than there are other micro-batches makes no difference.
+    return tuple(dict.fromkeys(Manner(min(spare, num_units - 1), patience) for spare, patience in fitting))
 
 
 def _most_under_way(orders: Orders) -> int:

@@ -56,8 +56,8 @@ def simulate(clock: PipelineClock, orders: Orders, num_units: int) -> PipelineSi
 
 # With as many stages as ranks, more is not to be had: either a rank always works, or the first stage waits only for the
 # way of a micro-batch to the last stage and back.
-@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
-@pytest.mark.parametrize("per_rank", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_ranks", [3, 8])
+@pytest.mark.parametrize("per_rank", [1, 2, 4])
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_equal_stages_reach_what_arithmetic_allows(num_ranks: int, per_rank: int, ratio: float) -> None:
     clock = make_clock([ratio] * num_ranks, [1.0] * num_ranks, Schedule.ONE_FORWARD_ONE_BACKWARD)
@@ -69,7 +69,7 @@ def test_equal_stages_reach_what_arithmetic_allows(num_ranks: int, per_rank: int
 
 
 @pytest.mark.parametrize("num_ranks", [4, 8])
-@pytest.mark.parametrize("per_rank", [2, 3, 4])
+@pytest.mark.parametrize("per_rank", [2, 3])
 @pytest.mark.parametrize(("ratio", "least"), [(2.0, 0.98), (4.0, 0.94)])
 def test_a_slow_teacher_fills_the_gaps(num_ranks: int, per_rank: int, ratio: float, least: float) -> None:
     clock = make_clock([ratio] * num_ranks, [1.0] * num_ranks, Schedule.ONE_FORWARD_ONE_BACKWARD)
@@ -77,7 +77,7 @@ def test_a_slow_teacher_fills_the_gaps(num_ranks: int, per_rank: int, ratio: flo
     assert simulate(clock, best_orders(clock, num_units), num_units).utilisation >= least
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(LENGTHS, st.data(), st.integers(1, 8), st.booleans(), st.sampled_from([Manner(2, 0.0), Manner(0, 0.5)]))
 def test_no_manner_is_better_than_what_is_chosen(
     student: list[float], data: st.DataObject, num_units: int, splits: bool, manner: Manner

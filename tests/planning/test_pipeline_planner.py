@@ -63,7 +63,7 @@ TIMES = st.lists(st.sampled_from([0.5, 1.0, 2.0, 5.0]), min_size=1, max_size=4)
 
 
 @given(TIMES, TIMES, st.integers(1, 3))
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_cuts_come_in_the_order_of_the_heaviest_rank_and_none_is_missing(
     teacher: list[float], student: list[float], num_ranks: int
 ) -> None:
@@ -93,7 +93,7 @@ def test_cuts_without_room_are_left_out_and_aligned_cuts_are_alike() -> None:
 
 
 @given(TIMES, TIMES, st.integers(1, 3), st.booleans(), st.sampled_from([0.0, 0.3]), st.sampled_from([None, 2500]))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_the_best_is_what_trying_everything_finds(
     teacher: list[float],
     student: list[float],
@@ -230,7 +230,7 @@ def test_costs_that_cannot_be_are_refused() -> None:
 
 
 @given(TIMES, TIMES, st.sampled_from([0.0, 0.5]), st.sampled_from([None, 2500]), st.booleans())
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_with_replicas_the_best_is_what_trying_everything_finds(
     teacher: list[float], student: list[float], latency_ms: float, limit: int | None, is_full_batch: bool
 ) -> None:
