@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_pipebd.pipeline_measuring import one_replica_reason
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import PlanError
+from lightning_pipebd.runtime.block_calls import versions_of
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.transport import Transport
 from lightning_pipebd.teacher_student import TeacherStudentModule
@@ -69,10 +70,10 @@ def unchanged_blocks(plan: PipelinePlan, module: TeacherStudentModule) -> Iterat
         )
         for block in range(number)
     ]
-    before = [[tensor._version for tensor in tensors] for _, tensors in blocks]
+    before = [versions_of(tensors) for _, tensors in blocks]
     yield
     for (name, tensors), versions in zip(blocks, before, strict=True):
-        if [tensor._version for tensor in tensors] != versions:
+        if versions_of(tensors) != versions:
             msg = (
                 f"`on_teacher_update` must leave the blocks of both models alone where a plan has replicas, but has "
                 f"changed {name}: the other replicas' would differ from it. Change buffers of the module only, or let "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def compare_settings(transport: Transport, settings: Mapping[str, str]) -> None:
                 )
 
 
+@cache
 def _digest_package() -> str:
     # Not the version: what is installed on one machine may be another state of the same version.
     digest = hashlib.blake2b(digest_size=8)

@@ -28,10 +28,11 @@ def _staged(
     further: Sequence[str] = (),
     remark: str = "",
     is_trained: bool = True,
+    **options: Any,
 ) -> Entry:
     """A model of four stages and a head, or with the paths given; for images of any size."""
     return Entry(
-        teacher=_timm(name),
+        teacher=_timm(name, **options),
         paths=paths or _STAGES,
         shape=(3, size, size),
         is_trained=is_trained,
@@ -40,24 +41,9 @@ def _staged(
     )
 
 
-def _sized(
-    name: str,
-    *paths: str,
-    size: int = 64,
-    further: Sequence[str] = (),
-    remark: str = "",
-    is_trained: bool = True,
-    **options: Any,
-) -> Entry:
+def _sized(name: str, *paths: str, size: int = 64, **others: Any) -> Entry:
     """The same, for images of one size that the model is made for."""
-    return Entry(
-        teacher=_timm(name, img_size=size, **options),
-        paths=paths or _STAGES,
-        shape=(3, size, size),
-        is_trained=is_trained,
-        further=frozenset(further),
-        remark=remark,
-    )
+    return _staged(name, *paths, size=size, img_size=size, **others)
 
 
 def _layers(count: int, *ends: str) -> tuple[str, ...]:

@@ -48,6 +48,15 @@ def test_programs_of_replicas_obey_the_laws_and_read_back(text: str, step: Pipel
 STEP = PipelineStep(num_rows=4, num_micro_batches=2, teaches_own=False, num_next_rows=4)
 
 
+def check_that_a_change_breaks(plan: PipelinePlan, step: PipelineStep, rank: int, old: str, new: str, law: str) -> None:
+    programs = list(compile_pipeline(plan, step))
+    text = str(programs[rank])
+    assert old in text
+    programs[rank] = PipelineProgram.parse(text.replace(old, new, 1))
+    with pytest.raises(LawError, match=f"'{law}'"):
+        check_pipeline_laws(plan, programs, step)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "law"),
     [
@@ -59,12 +68,7 @@ STEP = PipelineStep(num_rows=4, num_micro_batches=2, teaches_own=False, num_next
 )
 def test_a_changed_program_of_a_replica_breaks_the_law(old: str, new: str, law: str) -> None:
     plan = PipelinePlan.parse("2 x 0|1")
-    programs = list(compile_pipeline(plan, STEP))
-    text = str(programs[3])
-    assert old in text
-    programs[3] = PipelineProgram.parse(text.replace(old, new, 1))
-    with pytest.raises(LawError, match=f"'{law}'"):
-        check_pipeline_laws(plan, programs, STEP)
+    check_that_a_change_breaks(plan, STEP, 3, old, new, law)
 
 
 def test_a_sum_before_the_last_backward_is_refused() -> None:
@@ -179,12 +183,7 @@ def test_a_replica_without_a_row_sends_no_output() -> None:
 )
 def test_a_second_loss_and_a_missing_gradient_break_the_law(rank: int, old: str, new: str, law: str) -> None:
     plan = PipelinePlan.parse("2 x 0|1")
-    programs = list(compile_pipeline(plan, FULL))
-    text = str(programs[rank])
-    assert old in text
-    programs[rank] = PipelineProgram.parse(text.replace(old, new, 1))
-    with pytest.raises(LawError, match=f"'{law}'"):
-        check_pipeline_laws(plan, programs, FULL)
+    check_that_a_change_breaks(plan, FULL, rank, old, new, law)
 
 
 def test_outputs_that_come_after_the_loss_are_refused() -> None:
