@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from lightning.pytorch.plugins import Precision
@@ -15,6 +17,7 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.plan import Rows
 from lightning_pipebd.runtime.row_trees import RowTree
 from lightning_pipebd.scaling import BlockScalers
+from lightning_pipebd.shared_backward import SharedBackward
 
 __all__ = ["BlockJobs", "step_context"]
 
@@ -47,6 +50,12 @@ class BlockJobs:
         self.optimizer: Optimizer | None = None
         self.batch_idx = 0
         self.num_accumulated = 1
+        self._backward = SharedBackward(self._run_backward, self._held)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether :meth:`settle` must come before the next :meth:`learn`."""
+        return self._backward.is_full
 
     def load(self, batch: Any, rows: Rows) -> dict[int, RowTree]:
         """Give what a program starts from, of a batch that holds some rows."""
@@ -59,11 +68,21 @@ class BlockJobs:
             return self._module.teach(block, boundary)
 
     def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
-        """Add the gradients of some rows' part of the batch's mean loss; give that part, detached."""
+        """Give some rows' part of the batch's mean loss, detached; :meth:`settle` adds its gradients."""
         is_part = rows.num_rows < num_rows
-        first_row = rows.start if is_part else 0
+        imitate = partial(
+            self._module.imitate,
+            block,
+            boundary,
+            target,
+            labels,
+            batch_idx=self.batch_idx,
+            first_row=rows.start if is_part else 0,
+        )
         with self._context():
-            loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
+            # What compiled code keeps cannot be weighed without compiling it once more.
+            is_compiled = self._module.compile_options is not None
+            loss = imitate() if is_compiled else self._backward.call(block, boundary, imitate)
         if is_part:
             loss = loss * (rows.num_rows / num_rows)
         # A frozen block only tells its loss; the gradients of a stopped one would be thrown away.
@@ -71,5 +90,16 @@ class BlockJobs:
             scaled = loss if self.num_accumulated == 1 else loss / self.num_accumulated
             if self._scalers is not None:
                 scaled = self._scalers.scale(block, scaled)
-            self._plugin.backward(scaled, self._module, self.optimizer)
+            self._backward.add(block, scaled)
         return loss.detach()
+
+    def settle(self) -> None:
+        """Add the gradients of all that was learned."""
+        self._backward.settle()
+
+    def _run_backward(self, loss: Tensor) -> None:
+        self._plugin.backward(loss, self._module, self.optimizer)
+
+    def _held(self, block: int) -> Iterable[Tensor]:
+        student = self._module.block_pairs.student.blocks[block]
+        return chain(self._module.block_parameters(block), student.parameters(), student.buffers())

@@ -4,8 +4,8 @@ The life of one batch on one rank::
 
     LOAD/RECV --> boundaries --> TEACH --> boundaries --> SEND
                       |                        |
-                      +------> LEARN <---------+      one student block after another: forward, loss, backward
-                                 |
+                      +------> LEARN <---------+      one student block after another: forward, loss, backward;
+                                 |                    neighbouring small blocks have one backward pass
                               REDUCE (under way while the next block learns) --> gradients ready for UPDATE
 """
 
@@ -32,14 +32,21 @@ __all__ = ["Executor", "Jobs", "Span"]
 class Jobs(Protocol):
     """What the blocks compute; the executor knows only when."""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether :meth:`settle` must come before the next :meth:`learn`."""
+
     def teach(self, block: int, boundary: Any) -> Any:
         """Give the next boundary."""
 
     def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
-        """Add the gradients of some rows' part of the batch's mean loss; give that part, detached.
+        """Give some rows' part of the batch's mean loss, detached; its gradients may be added later, by :meth:`settle`.
 
         A block that the program did not bring labels for may get labels or ``None``.
         """
+
+    def settle(self) -> None:
+        """Add the gradients of all that was learned."""
 
 
 class Span(NamedTuple):
@@ -95,6 +102,7 @@ class Executor:
         self._reducer.begin(program)
         state = _State(step, program.num_rows, loaded)
         last_uses = self._last_uses.get(program) or self._last_uses.setdefault(program, _find_last_uses(program))
+        unsettled: list[Span] = []
         for index, action in enumerate(program.actions):
             self.current = (program, index)
             start = time.perf_counter()
@@ -104,8 +112,10 @@ class Executor:
                 where = f"rank {program.rank}, step {step}, action {index + 1} of {len(program.actions)} ({action})"
                 raise RelayError(f"{where}: {error}") from error
             self.num_done += 1
-            if self.observer is not None:
-                self.observer(Span(action, start, time.perf_counter()))
+            unsettled.append(Span(action, start, time.perf_counter()))
+            if not self._may_wait(program, index):
+                self._settle(unsettled)
+                unsettled = []
             for boundary in last_uses.get(index, ()):
                 state.boundaries.pop(boundary, None)
         self._reducer.finish()
@@ -128,6 +138,20 @@ class Executor:
             self._learn(action, state)
         elif action.kind is Kind.REDUCE:
             self._reducer.start(action.index, action.ranks)
+
+    def _may_wait(self, program: Program, index: int) -> bool:
+        """Tell whether the backward pass of what was just learned may be one with that of the next block."""
+        following = program.actions[index + 1 : index + 2]
+        is_between = program.actions[index].kind is Kind.LEARN and bool(following) and following[0].kind is Kind.LEARN
+        return is_between and not self._jobs.is_full
+
+    def _settle(self, spans: list[Span]) -> None:
+        """Do what was put off, and tell of these actions."""
+        if spans[-1].action.kind is Kind.LEARN:
+            self._jobs.settle()
+        if self.observer is not None:
+            for span in _share_time(spans, time.perf_counter()):
+                self.observer(span)
 
     def _teach(self, action: Action, state: _State) -> RowTree:
         boundary = join_rows(state.boundaries[action.index], action.rows)
@@ -184,6 +208,15 @@ class _State:
         # Labels travel to the blocks that want them. Another block of this rank may find those of some of its rows.
         pieces = self.boundaries.get(TARGETS)
         return join_rows(pieces, rows).tree if pieces and holds_rows(pieces, rows) else None
+
+
+def _share_time(spans: list[Span], stop_s: float) -> list[Span]:
+    """Divide the time until a common end in proportion to the actions' own times: their backward passes were one."""
+    begin_s = spans[0].start_s
+    whole_s = spans[-1].stop_s - begin_s
+    factor = (stop_s - begin_s) / whole_s if whole_s else 1.0
+    times = [[begin_s + (time_s - begin_s) * factor for time_s in (span.start_s, span.stop_s)] for span in spans]
+    return [Span(span.action, start_s, stop_s) for span, (start_s, stop_s) in zip(spans, times, strict=True)]
 
 
 def _find_last_uses(program: Program) -> dict[int, list[int]]:

@@ -182,7 +182,9 @@ class _Profiler:
                     _drop_gradients(parts)
 
     def _learn(self, index: int, case: _Case, rows: int) -> Tensor:
-        return self.jobs.learn(index, case.boundary, case.target, case.labels, Rows(0, rows), rows)
+        loss = self.jobs.learn(index, case.boundary, case.target, case.labels, Rows(0, rows), rows)
+        self.jobs.settle()
+        return loss
 
     def _is_divisible(self, index: int, found: _Walk) -> bool:
         return self.blocks[index].is_divisible and index not in found.coupled and not found.whole_reason

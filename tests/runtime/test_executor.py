@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
@@ -38,6 +39,13 @@ class Blocks:
         self.students = [torch.nn.Parameter(weight.clone()) for weight in students]
         self.target_blocks = target_blocks
         self.taught: list[tuple[int, int]] = []
+        self.put_off: list[tuple[int, Tensor]] = []
+        self.passes: list[list[int]] = []
+        self.most_put_off = 2
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.put_off) >= self.most_put_off
 
     def teach(self, block: int, boundary: Any) -> Any:
         self.taught.append((block, len(boundary)))
@@ -51,8 +59,13 @@ class Blocks:
             assert len(labels) == rows.num_rows
             loss = loss + (output.mean(1) - labels).square().mean()
         part: Tensor = loss * (rows.num_rows / num_rows)
-        torch.autograd.backward(part)
+        self.put_off.append((block, part))
         return part.detach()
+
+    def settle(self) -> None:
+        self.passes.append([block for block, _ in self.put_off])
+        torch.autograd.backward([part for _, part in self.put_off])
+        self.put_off = []
 
 
 class MaskedBlocks(Blocks):
@@ -252,12 +265,31 @@ def run_alone(blocks: Jobs, num_blocks: int, **options: Any) -> Executor:
 
 
 class TestObserving:
+    def test_neighbouring_blocks_are_settled_together_until_the_jobs_are_full(self) -> None:
+        blocks = Blocks(5)
+        run_alone(blocks, 5)
+        assert blocks.passes == [[0, 1], [2, 3], [4]]
+
     def test_observer_is_told_every_action_in_order(self) -> None:
         spans: list[Span] = []
         run_alone(Blocks(2), 2, observer=spans.append)
         times = [time for span in spans for time in (span.start_s, span.stop_s)]
         assert [span.action for span in spans] == list(compile_programs(Plan.joint(2, 1), 2)[0].actions)
         assert times == sorted(times)
+
+    def test_a_shared_backward_pass_is_divided_among_its_blocks(self) -> None:
+        settled_s: list[float] = []
+
+        class Timed(Blocks):
+            def settle(self) -> None:
+                super().settle()
+                settled_s.append(time.perf_counter())
+
+        spans: list[Span] = []
+        run_alone(Timed(2), 2, observer=spans.append)
+        first, second = (span for span in spans if span.action.kind is Kind.LEARN)
+        assert first.start_s < first.stop_s <= second.start_s < second.stop_s
+        assert [second.stop_s >= end_s for end_s in settled_s] == [True]
 
     def test_failing_action_is_pointed_at(self) -> None:
         blocks, plan = Blocks(2), Plan.joint(2, 1)

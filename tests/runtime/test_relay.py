@@ -294,6 +294,8 @@ class TestTheEnd:
 class Steps:
     """The jobs of a rank that learns nothing but how many steps it did; its learner may be blocked."""
 
+    is_full = False
+
     def __init__(self) -> None:
         self.may_learn = threading.Event()
         self.may_learn.set()
@@ -305,6 +307,9 @@ class Steps:
         assert self.may_learn.wait(JOIN_S)
         loss: Tensor = (target - boundary).sum()
         return loss
+
+    def settle(self) -> None:
+        pass
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 2])
