@@ -100,7 +100,13 @@ def fit(table: Table, num_ranks: int, strategy: PipeBDStrategy, num_measured: in
 
 
 def run_rank(
-    tables: dict[str, Table], num_ranks: int, repeats: int, num_measured: int, measures: bool, folder: str
+    tables: dict[str, Table],
+    num_ranks: int,
+    repeats: int,
+    num_measured: int,
+    measures: bool,
+    only_automatic: bool,
+    folder: str,
 ) -> dict[str, tuple[PlanChoice, list[tuple[str, Fit]]]]:
     """Run all plans of all tables on this rank; give per table the choice, and names and fits in order."""
     os.environ["PIPEBD_CACHE"] = ""
@@ -119,6 +125,10 @@ def run_rank(
         for repeat in range(repeats):
             if measures:
                 train(_MEASURED)
+            if only_automatic:
+                if repeat:
+                    train(str(choice.family), plan=choice.plan)
+                continue
             for candidate in choice.alternatives:
                 # One rank has all the work: that takes long and tells nothing. The chosen plan was just run.
                 if candidate.family is not Family.SINGLE and (repeat or candidate.family is not choice.family):
@@ -128,11 +138,12 @@ def run_rank(
 
 
 def measure(
-    tables: dict[str, Table], num_ranks: int, repeats: int, num_measured: int, measures: bool
+    tables: dict[str, Table], num_ranks: int, repeats: int, num_measured: int, measures: bool, only_automatic: bool
 ) -> list[dict[str, str]]:
     """Run everything on so many ranks, and give the rows of the report."""
     with tempfile.TemporaryDirectory() as folder:
-        ranks = run_ranks(run_rank, num_ranks, tables, num_ranks, repeats, num_measured, measures, folder)
+        options = (repeats, num_measured, measures, only_automatic, folder)
+        ranks = run_ranks(run_rank, num_ranks, tables, num_ranks, *options)
     rows = []
     for name in tables:
         choice = ranks[0][name][0]
@@ -177,10 +188,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=6, help="measured steps of each run")
     parser.add_argument("--work-ms", type=float, default=300.0, help="work of a step, per rank")
     parser.add_argument("--measure", action="store_true", help="also let the profiler measure the sleeping blocks")
+    parser.add_argument("--only-automatic", action="store_true", help="leave out the other families' best plans")
     arguments = parser.parse_args(words)
     for num_ranks in arguments.ranks:
         tables = {name: scaled(TABLES[name], num_ranks, arguments.work_ms) for name in arguments.tables}
-        rows = measure(tables, num_ranks, arguments.repeats, arguments.steps, arguments.measure)
+        options = (arguments.repeats, arguments.steps, arguments.measure, arguments.only_automatic)
+        rows = measure(tables, num_ranks, *options)
         sys.stdout.write(f"\n{markdown_table(list(rows[0]), rows)}\n")
         sys.stdout.flush()
 

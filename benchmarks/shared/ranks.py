@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import socket
 import tempfile
 import threading
@@ -93,6 +94,14 @@ def _collect(started: list[tuple[BaseProcess, Connection, Path]]) -> list[Any]:
     return [results[receiver] for _, receiver, _ in started]
 
 
+def _end_with_reader(sender: Connection) -> None:
+    """End this process when nobody is left to read its result, because the benchmark was killed."""
+    ends = select.poll()
+    ends.register(sender.fileno(), select.POLLERR)
+    ends.poll()
+    os._exit(1)
+
+
 def _call(
     function: Callable[..., Any],
     args: tuple[Any, ...],
@@ -101,6 +110,7 @@ def _call(
     log: str,
     sender: Connection,
 ) -> None:
+    threading.Thread(target=_end_with_reader, args=(sender,), daemon=True).start()
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
