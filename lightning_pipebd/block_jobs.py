@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from itertools import chain
 from typing import Any
 
 from lightning.pytorch.plugins import Precision
@@ -50,7 +48,7 @@ class BlockJobs:
         self.optimizer: Optimizer | None = None
         self.batch_idx = 0
         self.num_accumulated = 1
-        self._backward = SharedBackward(self._run_backward, self._held)
+        self._backward = SharedBackward(self._run_backward)
 
     @property
     def is_full(self) -> bool:
@@ -70,19 +68,9 @@ class BlockJobs:
     def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
         """Give some rows' part of the batch's mean loss, detached; :meth:`settle` adds its gradients."""
         is_part = rows.num_rows < num_rows
-        imitate = partial(
-            self._module.imitate,
-            block,
-            boundary,
-            target,
-            labels,
-            batch_idx=self.batch_idx,
-            first_row=rows.start if is_part else 0,
-        )
+        first_row = rows.start if is_part else 0
         with self._context():
-            # What compiled code keeps cannot be weighed without compiling it once more.
-            is_compiled = self._module.compile_options is not None
-            loss = imitate() if is_compiled else self._backward.call(block, boundary, imitate)
+            loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
         if is_part:
             loss = loss * (rows.num_rows / num_rows)
         # A frozen block only tells its loss; the gradients of a stopped one would be thrown away.
@@ -90,7 +78,7 @@ class BlockJobs:
             scaled = loss if self.num_accumulated == 1 else loss / self.num_accumulated
             if self._scalers is not None:
                 scaled = self._scalers.scale(block, scaled)
-            self._backward.add(block, scaled)
+            self._backward.add(block, boundary, scaled)
         return loss.detach()
 
     def settle(self) -> None:
@@ -99,7 +87,3 @@ class BlockJobs:
 
     def _run_backward(self, loss: Tensor) -> None:
         self._plugin.backward(loss, self._module, self.optimizer)
-
-    def _held(self, block: int) -> Iterable[Tensor]:
-        student = self._module.block_pairs.student.blocks[block]
-        return chain(self._module.block_parameters(block), student.parameters(), student.buffers())

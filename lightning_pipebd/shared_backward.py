@@ -7,10 +7,10 @@ small block's own work; a large block's is not worth keeping another one's activ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -19,10 +19,11 @@ __all__ = ["SharedBackward"]
 # What fits into a cache costs no memory worth speaking of.
 _SMALL_BLOCK_BYTES = 512 * 1024
 _MOST_BYTES = 4 * 1024 * 1024
+_LARGE = _MOST_BYTES + 1
 
 
 class _Weight(NamedTuple):
-    """What a block kept for its gradients, and the size of the boundary that it was given then."""
+    """What a block's graph keeps, and the size of the boundary that it was given then."""
 
     boundary_bytes: int
     kept_bytes: int
@@ -33,12 +34,10 @@ class SharedBackward:
 
     Args:
         backward: Runs one.
-        held: Gives the tensors that are there anyway, such as a block's parameters.
     """
 
-    def __init__(self, backward: Callable[[Tensor], None], held: Callable[[int], Iterable[Tensor]]) -> None:
+    def __init__(self, backward: Callable[[Tensor], None]) -> None:
         self._backward = backward
-        self._held = held
         self._losses: list[Tensor] = []
         self._num_bytes = 0
         self._weights: dict[int, _Weight] = {}
@@ -48,31 +47,20 @@ class SharedBackward:
         """Whether nothing more is to be put off before :meth:`settle`."""
         return self._num_bytes > _MOST_BYTES
 
-    def call(self, block: int, boundary: Any, run: Callable[[], Tensor]) -> Tensor:
-        """Run a block's forward pass, and weigh what it keeps where that is not known of a boundary as large.
+    def add(self, block: int, boundary: Any, loss: Tensor) -> None:
+        """Put the backward pass of a block's loss off.
 
         Args:
             block: Index of the block.
-            boundary: What it is given.
-            run: Gives its loss.
+            boundary: What it was given; a larger one than ever has its graph weighed.
+            loss: Its loss.
         """
-        leaves = [leaf for leaf in pytree.tree_leaves(boundary) if isinstance(leaf, Tensor)]
-        boundary_bytes = sum(leaf.numel() * leaf.element_size() for leaf in leaves)
-        known = self._weights.get(block)
-        if known is not None and boundary_bytes <= known.boundary_bytes:
-            return run()
-        scale = _Scale([*leaves, *self._held(block)])
-        with torch.autograd.graph.saved_tensors_hooks(scale.put, scale.take):
-            loss = run()
-        self._weights[block] = _Weight(boundary_bytes, scale.num_bytes)
-        return loss
-
-    def add(self, block: int, loss: Tensor) -> None:
-        """Put the backward pass of a block's loss off; one that was never weighed counts as large."""
-        self._losses.append(loss)
+        boundary_bytes = _num_bytes(boundary)
         weight = self._weights.get(block)
-        is_small = weight is not None and weight.kept_bytes <= _SMALL_BLOCK_BYTES
-        self._num_bytes += weight.kept_bytes if weight is not None and is_small else _MOST_BYTES + 1
+        if weight is None or boundary_bytes > weight.boundary_bytes:
+            weight = self._weights[block] = _Weight(boundary_bytes, _weigh(loss))
+        self._losses.append(loss)
+        self._num_bytes += weight.kept_bytes if weight.kept_bytes <= _SMALL_BLOCK_BYTES else _LARGE
 
     def settle(self) -> None:
         """Run what was put off: then the gradients of all blocks so far are there."""
@@ -81,30 +69,30 @@ class SharedBackward:
             self._backward(sum(losses[1:], losses[0]))
 
 
-class _Scale:
-    """Adds up the memory that a graph keeps beyond some tensors."""
+def _num_bytes(boundary: Any) -> int:
+    leaves = [leaf for leaf in pytree.tree_leaves(boundary) if isinstance(leaf, Tensor)]
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
 
-    def __init__(self, held: Iterable[Tensor]) -> None:
-        self._held = {tensor.untyped_storage().data_ptr() for tensor in held}
-        self._sizes: dict[int, int] = {}
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(self._sizes.values())
+def _weigh(loss: Tensor) -> int:
+    """Give the size of all that the operations of a graph have made, of which it keeps a part.
 
-    def put(self, tensor: Tensor) -> tuple[Tensor, int]:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._held:
-            self._sizes[storage.data_ptr()] = storage.nbytes()
-        # Detached: an output that its own graph keeps would never go. Torch gives it its place in the graph back.
-        return tensor.detach(), tensor._version
-
-    @staticmethod
-    def take(kept: tuple[Tensor, int]) -> Tensor:
-        tensor, version = kept
-        if tensor._version != version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{tensor.dtype} of shape {list(tensor.shape)}, expected version {version}, is {tensor._version}"
-            )
-        return tensor
+    What is really kept would be known to hooks of saved tensors; but a block may forbid them (torch.func), or have its
+    own, which compute (activation checkpointing).
+    """
+    waiting: list[Any] = [loss.grad_fn]
+    seen: set[Any] = set()
+    num_bytes = 0
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = node.name()
+        if name.startswith("CompiledFunction"):
+            return _LARGE  # what lies behind it cannot be seen
+        # A layer's transposed weight takes no memory; the last nodes are parameters.
+        if name != "TBackward0" and not name.endswith("AccumulateGrad"):
+            num_bytes += sum(prod(made.shape) * made.dtype.itemsize for made in node._input_metadata)
+        waiting += [following for following, _ in node.next_functions]
+    return num_bytes
