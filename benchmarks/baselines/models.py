@@ -210,8 +210,16 @@ WORKLOADS = {
         partial(torch.zeros, 1024),
         {},
     ),
+    "tiny": Workload(
+        "three blocks that take no time, to see that everything runs",
+        lambda: (thin(3, 1), thin(3, 1)),
+        _indices(3),
+        4,
+        partial(torch.zeros, 3, 8, 8),
+        {},
+    ),
 }
-"""The pairs; the last one is for the measurement of memory."""
+"""The pairs; the last but one is for the measurement of memory, and the last one for no measurement."""
 
 
 class Distil(BlockwiseDistillationModule):
