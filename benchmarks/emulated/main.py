@@ -37,6 +37,7 @@ from benchmarks.shared.training import StepClock, plain_trainer
 from lightning_pipebd import PipeBDStrategy
 from lightning_pipebd.planning.costs import LoaderCost
 from lightning_pipebd.planning.families import Family
+from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.planner import PlanChoice
 
 _MEASURED = "measured by itself"
@@ -94,7 +95,8 @@ def fit(table: Table, num_ranks: int, strategy: PipeBDStrategy, num_measured: in
         enable_checkpointing=True,
     )
     trainer.fit(module, loader)
-    choice = strategy.outlook.choice if strategy.outlook is not None else None
+    outlook = strategy.outlook
+    choice = outlook.choice if isinstance(outlook, Outlook) else None
     steps = (_NUM_SKIPPED, num_measured)
     return Fit(clock.pace_ms(*steps), clock.processor_ms(*steps), choice)
 
