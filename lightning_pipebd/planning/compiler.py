@@ -20,7 +20,7 @@ from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
 from lightning_pipebd.planning.routing import Message, route
 
-__all__ = ["compile_programs"]
+__all__ = ["check_batch", "compile_programs", "round_trips"]
 
 
 def compile_programs(
@@ -53,6 +53,16 @@ def compile_programs(
         >>> print(second.actions[0])
         RECV boundary=1 rows=0:8 from=0
     """
+    targets = check_batch(plan, num_rows, target_blocks)
+    return _compile(plan, num_rows, targets, update)
+
+
+def check_batch(plan: Plan, num_rows: int, target_blocks: Collection[int]) -> frozenset[int]:
+    """Give the target blocks of a batch that a plan has programs for.
+
+    Raises:
+        ValueError: `num_rows` is below 1 or a target block does not exist.
+    """
     if num_rows < 1:
         raise ValueError(f"`num_rows` must be at least 1, but is {num_rows}. Skip an empty batch.")
     targets = frozenset(target_blocks)
@@ -61,7 +71,12 @@ def compile_programs(
             f"`target_blocks` must lie between 0 and {plan.num_blocks - 1}, but contains {unknown}. "
             "Name blocks of the plan."
         )
-    return _compile(plan, num_rows, targets, update)
+    return targets
+
+
+def round_trips(plan: Plan, num_rows: int) -> frozenset[Message]:
+    """List the messages of a batch whose receiver's own rows come back to it by other ranks."""
+    return _sort_out(plan, num_rows, route(plan, num_rows))[2]
 
 
 @lru_cache(maxsize=128)

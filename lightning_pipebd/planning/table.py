@@ -95,4 +95,4 @@ def _cell(action: Action) -> str:
         Kind.REDUCE: f"{action.index} with {','.join(map(str, action.ranks))}",
         Kind.UPDATE: f"{action.index}",
     }
-    return f"{action.kind.value} {details[action.kind]}"
+    return f"{action.kind.value} {details[action.kind]}" + (" next" if action.is_next else "")

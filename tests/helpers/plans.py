@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 
 from hypothesis import strategies as st
 
+from lightning_pipebd.planning.ahead import teaches_ahead
 from lightning_pipebd.planning.plan import Plan, Share
 
-__all__ = ["batches", "plans"]
+__all__ = ["ahead_plans", "batches", "plans", "whole_jobs"]
 
 
 @st.composite
@@ -47,3 +49,17 @@ def batches(draw: st.DrawFn) -> tuple[Plan, int, frozenset[int]]:
     """Draw a plan, a number of rows, and the blocks whose loss reads the labels."""
     plan = draw(plans())
     return plan, draw(st.integers(1, 40)), draw(st.frozensets(st.integers(0, plan.num_blocks - 1)))
+
+
+def whole_jobs(teacher: Sequence[int], student: Sequence[int]) -> Plan:
+    """Give the plan of whole jobs whose blocks are taught, and learned, by these ranks."""
+    sides = [tuple((Share(rank, Fraction(1)),) for rank in ranks) for ranks in (teacher, student)]
+    return Plan(num_ranks=max(*teacher, *student) + 1, teacher=sides[0], student=sides[1])
+
+
+@st.composite
+def ahead_plans(draw: st.DrawFn, *, max_ranks: int = 4, max_blocks: int = 6) -> Plan:
+    """Draw a plan whose teacher blocks work one batch ahead."""
+    num_blocks = draw(st.integers(2, max_blocks))
+    ranks = st.lists(st.integers(0, max_ranks - 1), min_size=num_blocks, max_size=num_blocks)
+    return draw(st.builds(whole_jobs, ranks, ranks).filter(teaches_ahead))

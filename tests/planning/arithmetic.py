@@ -12,7 +12,7 @@ from fractions import Fraction
 
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.plan import Plan, Rows
-from lightning_pipebd.planning.program import TARGETS, Action, Kind
+from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
 
 __all__ = ["train_alone", "train_by_programs"]
 
@@ -56,15 +56,20 @@ class _Rank:
     """One rank that works off the programs of all batches and never looks at another rank's memory."""
 
     def __init__(
-        self, rank: int, plan: Plan, batches: Sequence[Batch], target_blocks: Collection[int], steps: Sequence[bool]
+        self,
+        rank: int,
+        plan: Plan,
+        batches: Sequence[Batch],
+        target_blocks: Collection[int],
+        steps: Sequence[bool],
+        programs: Sequence[Sequence[Program]],
     ) -> None:
         self.rank = rank
         self.batches = batches
         self.target_blocks = target_blocks
         self.work: list[tuple[int, Action]] = []
-        for index, (batch, is_step) in enumerate(zip(batches, steps, strict=True)):
-            programs = compile_programs(plan, len(batch), target_blocks=target_blocks, update=is_step)
-            self.work += [(index, action) for action in programs[rank].actions]
+        for index, of_step in enumerate(programs):
+            self.work += [(index + action.is_next, action) for action in of_step[rank].actions]
         self.weights = {b: Fraction(b) for b in range(plan.num_blocks) if rank in plan.student_ranks(b)}
         self.gradients = dict.fromkeys(self.weights, Fraction(0))
         seen = 0
@@ -129,12 +134,18 @@ def train_by_programs(
     target_blocks: Collection[int],
     steps: Sequence[bool],
     order: Sequence[int],
+    programs: Sequence[Sequence[Program]] | None = None,
 ) -> list[dict[int, Fraction]]:
-    """Train by every rank's programs, and give each rank's weights by block.
+    """Train by every rank's programs, by default those of batch after batch, and give each rank's weights by block.
 
     The first rank in `order` that need not wait goes next, so ranks early in `order` run ahead over several batches.
     """
-    ranks = [_Rank(rank, plan, batches, target_blocks, steps) for rank in range(plan.num_ranks)]
+    if programs is None:
+        programs = [
+            compile_programs(plan, len(batch), target_blocks=target_blocks, update=is_step)
+            for batch, is_step in zip(batches, steps, strict=True)
+        ]
+    ranks = [_Rank(rank, plan, batches, target_blocks, steps, programs) for rank in range(plan.num_ranks)]
     mail: Mail = {}
     while any(rank.advance(mail, ranks) for rank in (ranks[index] for index in order)):
         pass
