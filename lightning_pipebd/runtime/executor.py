@@ -7,6 +7,8 @@ The life of one batch on one rank::
                       +------> LEARN <---------+      one student block after another: forward, loss, backward;
                                  |                    neighbouring small blocks have one backward pass
                               REDUCE (under way while the next block learns) --> gradients ready for UPDATE
+
+Where teacher blocks work one batch ahead, the boundaries of the next batch are kept from one program to the next.
 """
 
 from __future__ import annotations
@@ -83,24 +85,34 @@ class Executor:
         self._cuts_rows = cuts_rows
         self.observer = observer
         self._row_leaves: dict[tuple[int, int], tuple[bool, ...]] = {}
-        self._last_uses: dict[Program, dict[int, list[int]]] = {}
+        self._last_uses: dict[Program, dict[int, list[tuple[int, bool]]]] = {}
+        self._ahead: dict[int, list[RowTree]] = {}
+        self._ahead_step = -1
         self.current: tuple[Program, int] | None = None  # what a failure report points at
         self.num_done = 0  # what a watcher sees progress by
 
-    def run(self, program: Program, step: int, loaded: dict[int, RowTree]) -> dict[int, Tensor]:
+    def run(
+        self,
+        program: Program,
+        step: int,
+        loaded: dict[int, RowTree],
+        following: dict[int, RowTree] | None = None,
+    ) -> dict[int, Tensor]:
         """Run a program.
 
         Args:
             program: This rank's program for the batch.
-            step: Number of the batch; the same on all ranks.
+            step: Number of the step; the same on all ranks.
             loaded: Boundary 0 and :data:`~lightning_pipebd.planning.program.TARGETS` on a rank that loads rows.
+            following: The same of the next batch, if the teacher blocks are to work on it.
 
         Returns:
             This rank's part of the loss of each student block that it taught rows of, detached.
         """
         self._relay.begin_step(step)
         self._reducer.begin(program)
-        state = _State(step, program.num_rows, loaded)
+        state = _State(step, program, (loaded, following or {}), self._ahead if program.is_taught else {})
+        self._ahead = {}
         last_uses = self._last_uses.get(program) or self._last_uses.setdefault(program, _find_last_uses(program))
         unsettled: list[Span] = []
         for index, action in enumerate(program.actions):
@@ -116,24 +128,40 @@ class Executor:
             if not self._may_wait(program, index):
                 self._settle(unsettled)
                 unsettled = []
-            for boundary in last_uses.get(index, ()):
-                state.boundaries.pop(boundary, None)
+            for boundary, is_next in last_uses.get(index, ()):
+                state.boundaries[is_next].pop(boundary, None)
         self._reducer.finish()
         self.current = None
+        kept = program.kept() if program.num_next_rows else ()
+        self._ahead = {boundary: pieces for boundary, pieces in state.boundaries[True].items() if boundary in kept}
+        self._ahead_step = step
         return state.losses
 
+    def forget(self, program: Program) -> None:
+        """Forget the next batch that the last program taught: it will not come, because an epoch has ended early.
+
+        Args:
+            program: What this rank would have done for that batch.
+        """
+        for action in program.actions:
+            if action.kind is Kind.RECV and not action.is_next:
+                self._receive(action, self._ahead_step, is_ahead=True)
+        self._ahead = {}
+
     def _act(self, action: Action, state: _State) -> None:
+        boundaries = state.boundaries[action.is_next]
         if action.kind is Kind.LOAD:
-            for boundary, piece in state.loaded.items():
-                state.boundaries[boundary].append(piece)
+            for boundary, piece in state.loaded[action.is_next].items():
+                boundaries[boundary].append(piece)
         elif action.kind is Kind.RECV:
-            piece = self._relay.recv(state.step, action.index, action.rows, action.peer)
-            state.boundaries[action.index].append(piece)
+            is_from_last = state.is_taught and not action.is_next
+            step = self._ahead_step if is_from_last else state.step
+            boundaries[action.index].append(self._receive(action, step, is_ahead=is_from_last or action.is_next))
         elif action.kind is Kind.SEND:
-            piece = take_rows(state.find(action.index, action.rows), action.rows)
-            self._relay.send(state.step, action.index, piece, action.peer)
+            piece = take_rows(join_rows(boundaries[action.index], action.rows), action.rows)
+            self._relay.send(state.step, _wire_number(action.index, is_ahead=action.is_next), piece, action.peer)
         elif action.kind is Kind.TEACH:
-            state.boundaries[action.index + 1].append(self._teach(action, state))
+            boundaries[action.index + 1].append(self._teach(action, boundaries[action.index]))
         elif action.kind is Kind.LEARN:
             self._learn(action, state)
         elif action.kind is Kind.REDUCE:
@@ -153,8 +181,11 @@ class Executor:
             for span in _share_time(spans, time.perf_counter()):
                 self.observer(span)
 
-    def _teach(self, action: Action, state: _State) -> RowTree:
-        boundary = join_rows(state.boundaries[action.index], action.rows)
+    def _receive(self, action: Action, step: int, *, is_ahead: bool) -> RowTree:
+        return self._relay.recv(step, _wire_number(action.index, is_ahead=is_ahead), action.rows, action.peer)
+
+    def _teach(self, action: Action, pieces: list[RowTree]) -> RowTree:
+        boundary = join_rows(pieces, action.rows)
         output = self._jobs.teach(action.index, boundary.tree)
         piece = RowTree(action.rows, output)
         if self._cuts_rows:
@@ -185,28 +216,34 @@ class Executor:
 
     def _learn(self, action: Action, state: _State) -> None:
         block, rows = action.index, action.rows
-        boundary = join_rows(state.boundaries[block], rows).tree
-        target = join_rows(state.boundaries[block + 1], rows).tree
+        boundary = join_rows(state.boundaries[False][block], rows).tree
+        target = join_rows(state.boundaries[False][block + 1], rows).tree
         labels = state.find_labels(rows)
         state.losses[block] = self._jobs.learn(block, boundary, target, labels, rows, state.num_rows)
 
 
 class _State:
-    """What one rank holds of one batch."""
+    """What one rank holds of one batch, and of the next one."""
 
-    def __init__(self, step: int, num_rows: int, loaded: dict[int, RowTree]) -> None:
+    def __init__(
+        self,
+        step: int,
+        program: Program,
+        loaded: tuple[dict[int, RowTree], dict[int, RowTree]],
+        taught: dict[int, list[RowTree]],
+    ) -> None:
         self.step = step
-        self.num_rows = num_rows
+        self.num_rows = program.num_rows
+        self.is_taught = program.is_taught
         self.loaded = loaded
-        self.boundaries: defaultdict[int, list[RowTree]] = defaultdict(list)
+        own: defaultdict[int, list[RowTree]] = defaultdict(list, taught)
+        following: defaultdict[int, list[RowTree]] = defaultdict(list)
+        self.boundaries = (own, following)
         self.losses: dict[int, Tensor] = {}
-
-    def find(self, boundary: int, rows: Rows) -> RowTree:
-        return join_rows(self.boundaries[boundary], rows)
 
     def find_labels(self, rows: Rows) -> Any:
         # Labels travel to the blocks that want them. Another block of this rank may find those of some of its rows.
-        pieces = self.boundaries.get(TARGETS)
+        pieces = self.boundaries[False].get(TARGETS)
         return join_rows(pieces, rows).tree if pieces and holds_rows(pieces, rows) else None
 
 
@@ -219,9 +256,15 @@ def _share_time(spans: list[Span], stop_s: float) -> list[Span]:
     return [Span(span.action, start_s, stop_s) for span, (start_s, stop_s) in zip(spans, times, strict=True)]
 
 
-def _find_last_uses(program: Program) -> dict[int, list[int]]:
+def _find_last_uses(program: Program) -> dict[int, list[tuple[int, bool]]]:
     """Find the boundaries that are not needed any more after an action, so that their memory can go."""
-    ends: defaultdict[int, list[int]] = defaultdict(list)
-    for boundary, index in program.last_uses().items():
-        ends[index].append(boundary)
+    ends: defaultdict[int, list[tuple[int, bool]]] = defaultdict(list)
+    for is_next, last_uses in ((False, program.last_uses()), (True, program.last_uses_of_next())):
+        for boundary, index in last_uses.items():
+            ends[index].append((boundary, is_next))
     return dict(ends)
+
+
+def _wire_number(boundary: int, *, is_ahead: bool) -> int:
+    """Number what a message is about: in one step two batches may have the same boundary on its way."""
+    return TARGETS - 2 - boundary if is_ahead else boundary

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_pipebd.planning.ahead import compile_ahead
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.plan_text import parse_plan
@@ -22,7 +23,7 @@ from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from lightning_pipebd.runtime.relay import Relay
 from lightning_pipebd.runtime.row_trees import RowTree
-from tests.helpers.plans import plans
+from tests.helpers.plans import ahead_plans, plans
 from tests.helpers.ranks import run_threads
 
 WIDTH = 8  # also a number of rows that the tests draw, and that of a mask
@@ -97,8 +98,11 @@ class MaskedBlocks(Blocks):
 
 
 class Batch(NamedTuple):
+    """A batch; teacher blocks work on the ``"next"`` meanwhile, or on one that is ``"lost"``: it does not come."""
+
     num_rows: int
     is_update: bool = True
+    ahead: str = ""
 
 
 class Result(NamedTuple):
@@ -131,27 +135,53 @@ def load(plan: Plan, rank: int, step: int, num_rows: int) -> dict[int, RowTree]:
 
 
 def make_executor(
-    plan: Plan, world: LocalWorld, rank: int, blocks: Jobs, students: Sequence[torch.nn.Parameter] = (), **options: Any
+    plan: Plan,
+    world: LocalWorld,
+    rank: int,
+    blocks: Jobs,
+    students: Sequence[torch.nn.Parameter] = (),
+    *,
+    max_in_flight: int = 2,
+    **options: Any,
 ) -> tuple[Executor, Relay, CountingReducer]:
     others = [peer for peer in range(plan.num_ranks) if peer != rank]
-    relay = Relay(world.transports[rank], sources=others, destinations=others)
+    relay = Relay(world.transports[rank], sources=others, destinations=others, max_in_flight=max_in_flight)
     reducer = CountingReducer(world.transports[rank], {block: [student] for block, student in enumerate(students)})
     cuts_rows = plan.has_split_teachers or plan.has_split_students
     return Executor(blocks, relay, reducer, cuts_rows=cuts_rows, **options), relay, reducer
 
 
-def train(plan: Plan, batches: Sequence[Batch], make_blocks: Callable[[], Blocks]) -> list[Result]:
+def train(
+    plan: Plan, batches: Sequence[Batch], make_blocks: Callable[[], Blocks], max_in_flight: int = 2
+) -> list[Result]:
     """Train by plain SGD, with one thread per rank."""
     world = LocalWorld(plan.num_ranks)
 
     def work(rank: int) -> Result:
         blocks = make_blocks()
-        executor, relay, reducer = make_executor(plan, world, rank, blocks, blocks.students)
+        executor, relay, reducer = make_executor(
+            plan, world, rank, blocks, blocks.students, max_in_flight=max_in_flight
+        )
         losses = []
-        for step, (num_rows, is_update) in enumerate(batches):
-            programs = compile_programs(plan, num_rows, target_blocks=blocks.target_blocks, update=is_update)
-            losses.append(executor.run(programs[rank], step, load(plan, rank, step, num_rows)))
-            for action in programs[rank].actions:
+        dropped = taught = 0
+        for step, batch in enumerate(batches):
+            if dropped:
+                executor.forget(compile_ahead(plan, dropped, is_taught=True, target_blocks=blocks.target_blocks)[rank])
+            looked_at = {"next": [*batches, batch][step + 1].num_rows, "lost": batch.num_rows + 1, "": 0}[batch.ahead]
+            program = compile_ahead(
+                plan,
+                batch.num_rows,
+                num_next_rows=looked_at,
+                is_taught=bool(taught),
+                target_blocks=blocks.target_blocks,
+                update=batch.is_update,
+            )[rank]
+            own = {} if taught else load(plan, rank, step, batch.num_rows)
+            losses.append(
+                executor.run(program, step, own, load(plan, rank, step + 1, looked_at) if looked_at else None)
+            )
+            taught, dropped = (looked_at if batch.ahead == name else 0 for name in ("next", "lost"))
+            for action in program.actions:
                 if action.kind is Kind.UPDATE:
                     student = blocks.students[action.index]
                     assert student.grad is not None
@@ -163,10 +193,13 @@ def train(plan: Plan, batches: Sequence[Batch], make_blocks: Callable[[], Blocks
     return run_threads(plan.num_ranks, work)
 
 
-def assert_same_training(plan: Plan, batches: Sequence[Batch], make_blocks: Callable[[], Blocks]) -> None:
+def assert_same_training(
+    plan: Plan, batches: Sequence[Batch], make_blocks: Callable[[], Blocks], max_in_flight: int = 2
+) -> None:
     """Compare with one rank: weights of every rank that learns a block, and the losses of all ranks together."""
-    (one,) = train(Plan.joint(plan.num_blocks, 1), batches, make_blocks)
-    many = train(plan, batches, make_blocks)
+    alone = [batch._replace(ahead="") for batch in batches]
+    (one,) = train(Plan.joint(plan.num_blocks, 1), alone, make_blocks)
+    many = train(plan, batches, make_blocks, max_in_flight)
     tolerance = 1e-12 if plan.has_split_teachers or plan.has_split_students else 0.0
     for block in range(plan.num_blocks):
         for rank in plan.student_ranks(block):
@@ -179,7 +212,7 @@ def assert_same_training(plan: Plan, batches: Sequence[Batch], make_blocks: Call
 
 
 def draw_batches(sizes: st.SearchStrategy[int], max_steps: int) -> st.SearchStrategy[list[Batch]]:
-    return st.lists(st.builds(Batch, sizes, st.booleans()), min_size=1, max_size=max_steps)
+    return st.lists(st.builds(Batch, sizes, st.booleans(), st.just("")), min_size=1, max_size=max_steps)
 
 
 class TestTraining:
@@ -201,6 +234,17 @@ class TestTraining:
         plan = parse_plan(text, num_blocks=3)
         batches = [Batch(5), Batch(12, is_update=False), Batch(1)]
         assert_same_training(plan, batches, lambda: Blocks(3, {1, 2}))
+
+    @settings(max_examples=20)
+    @given(data=st.data(), plan=ahead_plans(max_ranks=3, max_blocks=5), max_in_flight=st.integers(1, 2))
+    def test_teacher_blocks_a_batch_ahead_change_no_bit(
+        self, data: st.DataObject, plan: Plan, max_in_flight: int
+    ) -> None:
+        ahead = st.sampled_from(["next", "next", "", "lost"])
+        batches = data.draw(st.lists(st.builds(Batch, st.integers(1, 9), st.booleans(), ahead), min_size=1, max_size=6))
+        batches[-1] = batches[-1]._replace(ahead=data.draw(st.sampled_from(["", "lost"])))
+        targets = data.draw(st.frozensets(st.integers(0, plan.num_blocks - 1)))
+        assert_same_training(plan, batches, lambda: Blocks(plan.num_blocks, targets), max_in_flight)
 
     def test_labels_of_a_block_do_not_disturb_another_block_of_the_rank_with_other_rows(self) -> None:
         # Rank 1 receives labels for its half of block 0 alone, and then learns all rows of block 1.
