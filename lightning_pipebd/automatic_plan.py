@@ -244,7 +244,8 @@ def explain_found(found: FoundPlan, module: BlockwiseDistillationModule, *, is_s
     if found.outlook is not None:
         return str(found.outlook)
     traits = module.block_pairs.traits(module.example_input_array, is_synchronised=is_synchronised)
-    return explain_plan(found.plan, traits, target_blocks=module.target_blocks)
+    has_momentum = module.block_momentum is not None
+    return explain_plan(found.plan, traits, target_blocks=module.target_blocks, has_momentum=has_momentum)
 
 
 def _synchronises_norms(strategy: ProcessGroupStrategy) -> bool:

@@ -140,7 +140,9 @@ class BlockMetrics(FitCallback):
             with self._sharing_logs():
                 # What plain Lightning knows after the last step; the logger has it already, if it was due.
                 _show(pl_module, latest)
-                pl_module.log_dict({f"{key}_epoch": total / self._num_rows for key, total in sums.items()})
+                # Behind an epoch that a hook cut short Lightning would look for the rows of its last batch.
+                means = {f"{key}_epoch": total / self._num_rows for key, total in sums.items()}
+                pl_module.log_dict(means, batch_size=1)
         self._sums, self._num_rows = {}, 0
 
     def _read_sums(self) -> dict[LossName, float]:

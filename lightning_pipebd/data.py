@@ -24,6 +24,9 @@ from lightning_pipebd.runtime.random_streams import borrowed_random_states, rand
 from lightning_pipebd.runtime.transport import Message, Transport
 
 __all__ = [
+    "BATCH",
+    "END",
+    "EPOCH",
     "POSITION",
     "BatchHeader",
     "EvaluationLoader",
@@ -33,9 +36,11 @@ __all__ = [
     "header_loader",
     "num_trained",
     "save_position",
+    "sized_length",
 ]
 
-_EPOCH, _BATCH, _END = 0, 1, 2
+EPOCH, BATCH, END = 0, 1, 2
+"""What the first loading rank's announcements are of."""
 POSITION = "data_position"
 """Key of the position in checkpoints."""
 
@@ -112,11 +117,13 @@ class TrainLoader:
     def _announce(self, batches: Iterator[Loaded]) -> Iterator[Any]:
         for loaded in batches:
             self.loaded.append(loaded)
-            if self._outbox is not None:
-                self._outbox.post(Message((_BATCH, loaded.num_rows, 0, 0)))
+            self._post(BATCH, loaded.num_rows)
             yield BatchHeader(loaded.num_rows) if loaded.rows.is_empty else loaded.batch
+        self._post(END)
+
+    def _post(self, kind: int, num_rows: int = 0, num_next_rows: int = 0) -> None:
         if self._outbox is not None:
-            self._outbox.post(Message((_END, 0, 0, 0)))
+            self._outbox.post(Message((kind, num_rows, num_next_rows, 0)))
 
     def _begin_epoch(self) -> Iterator[Loaded]:
         if self._mailbox is not None:
@@ -128,9 +135,9 @@ class TrainLoader:
         self._at_start = RandomMoment.now(generators)
         if self._outbox is not None:
             others = [peer for peer in self._outbox.peers if peer not in self._seeded_peers]
-            self._outbox.post(Message((_EPOCH, num_skipped, 0, 0)), others)
+            self._outbox.post(Message((EPOCH, num_skipped, 0, 0)), others)
             state = torch.frombuffer(bytearray(pickle.dumps((random_states(), self._at_start.own))), dtype=torch.uint8)
-            self._outbox.post(Message((_EPOCH, num_skipped, 0, 0), state), self._seeded_peers)
+            self._outbox.post(Message((EPOCH, num_skipped, 0, 0), state), self._seeded_peers)
         loading = self._row_loader.load(num_skipped)
         if resumed is not None and resumed.now is not None:
             resumed.now.restore(generators)
@@ -162,9 +169,9 @@ class TrainLoader:
         # Ranks whose datasets differ would wait for each other in the middle of an epoch.
         while True:
             loaded = next(loading, None)
-            while (fields := mailbox.get().fields)[0] == _EPOCH:
+            while (fields := mailbox.get().fields)[0] == EPOCH:
                 pass
-            theirs, mine = (fields[1] if fields[0] == _BATCH else 0), (loaded.num_rows if loaded else 0)
+            theirs, mine = (fields[1] if fields[0] == BATCH else 0), (loaded.num_rows if loaded else 0)
             if theirs != mine:
                 msg = (
                     f"`train_dataloader` must give the same batches on every rank, but gives {mine} rows here where "
@@ -187,7 +194,7 @@ class HeaderLoader:
     def __init__(self, loader: object, mailbox: Mailbox) -> None:
         self._loader = loader
         self._mailbox = mailbox
-        self._length = _sized_length(loader)
+        self._length = sized_length(loader)
         self.loaded: deque[Loaded] = deque()
         self.observe: Callable[[Iterator[Any]], Iterator[Any]] = iter
 
@@ -208,10 +215,12 @@ class HeaderLoader:
     def _take_headers(self) -> Iterator[BatchHeader]:
         self.loaded.clear()
         _await_epoch(self._mailbox)
-        while (fields := self._mailbox.get().fields)[0] != _END:
+        is_first = True
+        while (fields := self._mailbox.get().fields)[0] != END:
             # An epoch that was begun twice before its first batch is one epoch.
-            if fields[0] == _BATCH:
-                self.loaded.append(Loaded(None, fields[1], Rows(0, 0)))
+            if fields[0] == BATCH:
+                self.loaded.append(Loaded(None, fields[1], Rows(0, 0), is_first, fields[2]))
+                is_first = False
                 yield BatchHeader(fields[1])
 
 
@@ -295,12 +304,13 @@ def _batches(loading: Iterator[Loaded]) -> Iterator[Any]:
 
 def _await_epoch(mailbox: Mailbox) -> Message:
     # What was announced but not trained in the last epoch (it may have ended early) is skipped here.
-    while (message := mailbox.get()).fields[0] != _EPOCH:
+    while (message := mailbox.get()).fields[0] != EPOCH:
         pass
     return message
 
 
-def _sized_length(loader: object) -> int | None:
+def sized_length(loader: object) -> int | None:
+    """Give how many batches a loader has in an epoch; ``None`` if that is not known."""
     try:
         return len(loader) if isinstance(loader, Sized) else None
     except (TypeError, NotImplementedError):

@@ -82,6 +82,8 @@ def watch_plan(
     plan: Plan,
     target_blocks: frozenset[int],
     limits: tuple[timedelta | None, timedelta],
+    *,
+    tells_programs: bool = True,
 ) -> Watcher:
     """**Collective** over all ranks: watch over a fit of blocks that learn by themselves.
 
@@ -93,6 +95,7 @@ def watch_plan(
         plan: The plan of the fit.
         target_blocks: Blocks that want labels.
         limits: Times without progress: in steps (``None``: any), and elsewhere.
+        tells_programs: Whether the programs of a batch follow from its rows, so that a report can lay them out.
     """
     jobs = [
         block
@@ -101,6 +104,8 @@ def watch_plan(
     ]
 
     def programs(num_rows: int, is_update: bool) -> Sequence[Program]:
+        if not tells_programs:
+            return ()
         return compile_programs(plan, num_rows, target_blocks=target_blocks, update=is_update)
 
     return start_watcher(strategy, transport, progress, runner, jobs, programs, limits)

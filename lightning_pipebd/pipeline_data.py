@@ -19,7 +19,7 @@ from lightning_pipebd.lightning_internals.module import StagedBatch, before_tran
 from lightning_pipebd.row_loader import Loaded, RowLoader
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.random_streams import borrowed_random_states, random_states
-from lightning_pipebd.runtime.row_trees import count_rows
+from lightning_pipebd.runtime.row_trees import RowTree, count_rows
 from lightning_pipebd.runtime.transport import Message
 
 __all__ = ["AheadBatch", "AheadHeaderLoader", "AheadLoader", "Announced"]
@@ -33,10 +33,12 @@ class AheadBatch(StagedBatch):
 
     Attributes:
         num_rows: Rows of the batch.
+        boundaries: What a program of blocks starts from, once the batch was unpacked for it.
     """
 
     def __init__(self, batch: Any) -> None:
         self.num_rows = count_rows(batch)
+        self.boundaries: dict[int, RowTree] = {}
         self._batch = batch
         self._is_moved = False
 

@@ -23,11 +23,24 @@ Interval = tuple[Fraction, Fraction]
 
 
 class Loaded(NamedTuple):
-    """A batch, or this rank's rows of it."""
+    """A batch, or this rank's rows of it.
+
+    Args:
+        batch: What was loaded.
+        num_rows: Rows of the batch.
+        rows: Those that were loaded.
+        is_first: Whether it is the first that is trained on in this epoch, or since the run went on; as far as somebody
+            works ahead.
+        num_next_rows: Rows of the batch after it, if that was loaded before this one is trained on; otherwise 0.
+        following: That batch, on the rank that loads.
+    """
 
     batch: Any
     num_rows: int
     rows: Rows
+    is_first: bool = True
+    num_next_rows: int = 0
+    following: Any = None
 
 
 class RowLoader:

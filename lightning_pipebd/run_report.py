@@ -46,6 +46,7 @@ class RunReport:
         outlook: What was foreseen; ``None`` if nothing was measured before.
         input_bytes_per_row: Bytes of a row of the model's input, if known.
         target_blocks: Student blocks whose loss reads the labels.
+        has_momentum: Whether each teacher block follows its student block.
     """
 
     plan: Plan
@@ -57,6 +58,7 @@ class RunReport:
     outlook: Outlook | None = None
     input_bytes_per_row: int | None = None
     target_blocks: Sequence[int] = ()
+    has_momentum: bool = False
 
     def write(self, path: str | Path) -> None:
         """Write the page: Markdown with its pictures beside it, or one HTML file with its pictures in it.
@@ -168,4 +170,5 @@ class RunReport:
             num_rows=self.num_rows,
             input_bytes_per_row=self.input_bytes_per_row,
             target_blocks=self.target_blocks,
+            has_momentum=self.has_momentum,
         )

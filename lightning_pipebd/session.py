@@ -28,9 +28,9 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.placement import BlockPlacement
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.outlook import Outlook
-from lightning_pipebd.planning.plan import Plan, Rows
+from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.program import Kind, Program
-from lightning_pipebd.row_loader import RowLoader
+from lightning_pipebd.row_loader import Loaded, RowLoader
 from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
 from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.gradients import GradientReducer
@@ -72,7 +72,10 @@ class TrainingSession(FitSession):
     Attributes:
         progress: Where this rank stands.
         resumed: Where in the data a resumed run goes on.
+        tells_programs: Whether a batch's rows tell all ranks' programs, so that failure reports can lay them out.
     """
+
+    tells_programs = True
 
     _executor: Executor
     _step_report: StepReport | None = None
@@ -93,7 +96,7 @@ class TrainingSession(FitSession):
         self._plan = plan
         self._learned = [block for block in range(plan.num_blocks) if self._rank in plan.student_ranks(block)]
         self._programs: dict[tuple[int, bool], Program] = {}
-        self._staged: tuple[int, Rows, Any, int] | None = None
+        self._staged: tuple[Loaded, Any, int] | None = None
         self._train_loader: TrainLoader | HeaderLoader | None = None
         self._norms: SynchronisedNorms | None = None
         self._converged = ConvergedBlocks()
@@ -137,6 +140,7 @@ class TrainingSession(FitSession):
             self._plan,
             self._module.target_blocks,
             self._time_limits,
+            tells_programs=self.tells_programs,
         )
         if self._module.block_momentum is not None:
             self._module.block_momentum.blocks = [
@@ -242,15 +246,16 @@ class TrainingSession(FitSession):
         position = ranks.index(self._rank)
         seed_workers(loader, position)
         start = sum((share.share for share in shares[:position]), Fraction(0))
-        self._train_loader = TrainLoader(
-            RowLoader(loader, (start, start + shares[position].share)),
-            outbox=self._outbox,
-            mailbox=self._mailbox,
-            seeded_peers=tuple(ranks[1:]),
-        )
+        rows = RowLoader(loader, (start, start + shares[position].share))
+        self._train_loader = self._make_loader(rows, loader)
         self._train_loader.observe = self.progress.loading
         self._train_loader.resumed, self.resumed = self.resumed, None
         return self._train_loader
+
+    def _make_loader(self, rows: RowLoader, loader: Any) -> TrainLoader:
+        """Make the loader of a rank that loads some rows of the user's loader."""
+        peers = tuple(self._plan.loading_ranks[1:])
+        return TrainLoader(rows, outbox=self._outbox, mailbox=self._mailbox, seeded_peers=peers)
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """**Collective** over all ranks: add to a checkpoint what Lightning does not know of."""
@@ -265,8 +270,7 @@ class TrainingSession(FitSession):
     def stage(self, batch: Any, batch_idx: int) -> None:
         """Put a batch in place for :meth:`run`."""
         assert self._train_loader is not None
-        loaded = self._train_loader.loaded.popleft()
-        self._staged = (loaded.num_rows, loaded.rows, batch, batch_idx)
+        self._staged = (self._train_loader.loaded.popleft(), batch, batch_idx)
 
     def run(self, optimizer: Optimizer | None, *, update: bool) -> None:
         """Run this rank's program for the staged batch.
@@ -276,28 +280,28 @@ class TrainingSession(FitSession):
             update: Whether an optimizer step follows; gradients accumulate otherwise.
         """
         assert self._staged is not None
-        num_rows, rows, batch, batch_idx = self._staged
+        loaded, batch, batch_idx = self._staged
         self._staged = None
-        program = self._program(num_rows, update=update)
         self._jobs.optimizer, self._jobs.batch_idx = optimizer, batch_idx
         self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
-        with self.progress.program(self.num_steps, num_rows, is_update=update):
-            loaded = {} if rows.is_empty else self._jobs.load(batch, rows)
-            losses = self._executor.run(program, self.num_steps, loaded)
+        with self.progress.program(self.num_steps, loaded.num_rows, is_update=update):
+            losses = self._work_off(loaded, batch, update=update)
         self.num_steps += 1
         if update:
             for block in self._learned:
                 self._module.finite_guard.note_block(block)
             self.scalers.unscale()
-        self._metrics.record(losses, num_rows)
+        self._metrics.record(losses, loaded.num_rows)
 
-    def _program(self, num_rows: int, *, update: bool) -> Program:
-        key = (num_rows, update)
+    def _work_off(self, loaded: Loaded, batch: Any, *, update: bool) -> dict[int, Tensor]:
+        """Do this rank's part of a step; give its parts of the losses."""
+        key = (loaded.num_rows, update)
         if key not in self._programs:
-            self._check_rows(num_rows)
-            programs = compile_programs(self._plan, num_rows, target_blocks=self._module.target_blocks, update=update)
+            self._check_rows(loaded.num_rows)
+            programs = compile_programs(self._plan, key[0], target_blocks=self._module.target_blocks, update=update)
             self._programs[key] = programs[self._rank]
-        return self._programs[key]
+        boundaries = {} if loaded.rows.is_empty else self._jobs.load(batch, loaded.rows)
+        return self._executor.run(self._programs[key], self.num_steps, boundaries)
 
     def _check_rows(self, num_rows: int) -> None:
         if self._norms is None:

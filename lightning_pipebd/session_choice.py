@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
+from lightning_pipebd.ahead_session import session_kind
 from lightning_pipebd.automatic_pipeline import FoundPipeline, check_pipeline_request, find_pipeline_of_fit
 from lightning_pipebd.automatic_plan import FoundPlan, PlanFinder, explain_found, find_plan_of_fit
 from lightning_pipebd.distillation_module import DistillationModule
@@ -149,7 +150,7 @@ class SessionChoice(NamedTuple):
         """**Collective** over all ranks: connect the ranks for a plan of blocks, and put the blocks in their places."""
         groups = [found.plan.student_ranks(block) for block in range(found.plan.num_blocks)]
         transport.connect(plan_edges(found.plan, module.target_blocks), groups)
-        session = TrainingSession(
+        session = session_kind(found.plan, module)(
             module, found.plan, transport, strategy, max_in_flight=max_in_flight, time_limits=time_limits
         )
         if strategy.layer_sync:

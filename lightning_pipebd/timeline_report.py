@@ -67,6 +67,7 @@ def _report_blocks(
         outlook=outlook,
         input_bytes_per_row=input_bytes,
         target_blocks=tuple(module.target_blocks),
+        has_momentum=module.block_momentum is not None,
     )
 
 

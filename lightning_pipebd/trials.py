@@ -14,11 +14,11 @@ from lightning_pipebd.bench import Bench
 from lightning_pipebd.block_jobs import BlockJobs
 from lightning_pipebd.measuring import first_batch
 from lightning_pipebd.module import BlockwiseDistillationModule
-from lightning_pipebd.planning.compiler import compile_programs
+from lightning_pipebd.planning.ahead import compile_ahead, teaches_ahead
 from lightning_pipebd.planning.families import Candidate
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan import Plan, Rows
-from lightning_pipebd.planning.program import TARGETS
+from lightning_pipebd.planning.program import TARGETS, Program
 from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.relay import Relay
@@ -67,8 +67,7 @@ class _Trial:
         self._plan = plan
         self._rank = bench.transport.rank
         self._num_rows = count_rows(batch[0])
-        programs = compile_programs(plan, self._num_rows, target_blocks=bench.module.target_blocks)
-        self._program = programs[self._rank]
+        self._is_ahead = teaches_ahead(plan, has_momentum=bench.module.block_momentum is not None)
         self._learned = [block for block in range(plan.num_blocks) if self._rank in plan.student_ranks(block)]
         self._rest_s = self._besides(outlook) / 1000
         self._loaded = self._load(batch)
@@ -110,11 +109,20 @@ class _Trial:
             for block in self._learned:
                 for parameter in module.block_parameters(block):
                     parameter.grad = None
-            executor.run(self._program, step, dict(self._loaded))
+            executor.run(self._program(is_taught=self._is_ahead and step > 0), step, dict(self._loaded), self._loaded)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             time.sleep(self._rest_s)
         return (time.perf_counter() - start) / _NUM_STEPS * 1000
+
+    def _program(self, *, is_taught: bool) -> Program:
+        return compile_ahead(
+            self._plan,
+            self._num_rows,
+            num_next_rows=self._num_rows if self._is_ahead else 0,
+            is_taught=is_taught,
+            target_blocks=self._bench.module.target_blocks,
+        )[self._rank]
 
     def _besides(self, outlook: Outlook) -> float:
         """Give the ms of a step that its program does not take: updates, the loop, and loading in the rank's thread."""

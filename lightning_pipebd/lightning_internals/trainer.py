@@ -20,6 +20,7 @@ __all__ = [
     "is_logging_step",
     "logged_keys",
     "logging_step",
+    "may_end_or_validate_after",
     "redirect_signals",
     "request_train_loader",
     "seed_workers",
@@ -148,6 +149,25 @@ def logged_keys(trainer: Trainer) -> list[str]:
     results = trainer._results if trainer.evaluating or trainer.sanity_checking else None
     found = results.valid_items() if results is not None else ()
     return [key for key, value in found if value.meta.on_epoch and not value.meta.sync.rank_zero_only]
+
+
+def may_end_or_validate_after(trainer: Trainer, batch_index: int) -> bool:
+    """Tell whether something else than the next batch of the epoch may follow a batch that is about to be given.
+
+    Args:
+        trainer: In an epoch of training.
+        batch_index: Number of the batch in the epoch.
+    """
+    is_last = batch_index + 1 >= trainer.num_training_batches
+    ends = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step + 1
+    if is_last or ends or not trainer.enable_validation:
+        return is_last or ends
+    if validates_by_time(trainer):
+        return True
+    if trainer.check_val_every_n_epoch is None:
+        batch_index = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+    interval = trainer.val_check_batch
+    return interval is not None and interval != float("inf") and (batch_index + 1) % int(interval) == 0
 
 
 def validates_by_time(trainer: Trainer) -> bool:

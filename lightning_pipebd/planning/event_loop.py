@@ -164,6 +164,8 @@ class _Loop:
         """Give when what the operation waits for is there, or `_UNKNOWN`."""
         if kind is OperationKind.RECV:
             return self.shelved_ms[rank.step][target]
+        if kind is OperationKind.RECV_FROM_LAST:
+            return self.shelved_ms[rank.step - 1][target] if rank.step else 0.0
         if kind is OperationKind.SEND:
             early = rank.step - self.max_in_flight
             return self.delivered_ms[early][self.last_message[self.timetable.channel_of[target]]] if early >= 0 else 0.0

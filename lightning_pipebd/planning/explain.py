@@ -9,6 +9,7 @@ from fractions import Fraction
 from math import lcm
 from typing import NamedTuple
 
+from lightning_pipebd.planning.ahead import teaches_ahead
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form
 from lightning_pipebd.planning.program import TARGETS
@@ -17,6 +18,10 @@ from lightning_pipebd.planning.routing import moved_rows
 from lightning_pipebd.planning.table import align_columns
 
 __all__ = ["BlockTraits", "Exactness", "ExactnessReason", "exactness_of", "exactness_reasons", "explain_plan"]
+
+
+_SAME_BITS = "Every job has one rank: the student gets the bits of one process."
+_AHEAD = "teacher blocks work one batch ahead: rows come round, and nobody waits for them"
 
 
 class Exactness(str, Enum):
@@ -98,6 +103,7 @@ def explain_plan(
     num_rows: int | None = None,
     input_bytes_per_row: int | None = None,
     target_blocks: Collection[int] = (),
+    has_momentum: bool = False,
 ) -> str:
     """Describe a plan for people: who computes what, what travels, who reduces with whom, how exact it is.
 
@@ -107,6 +113,7 @@ def explain_plan(
         num_rows: Rows of a batch; `None` prints shares of a batch instead of rows.
         input_bytes_per_row: Bytes per row of the model input; `None` if unknown.
         target_blocks: Student blocks whose loss reads the labels.
+        has_momentum: Whether each teacher block follows its student block, and so never works ahead of it.
 
     Returns:
         Lines of text, without a line break at the end.
@@ -142,11 +149,9 @@ def explain_plan(
             "",
             *_section("relay per batch", list(_relay_lines(plan, num_rows, sizes, target_blocks))),
             *_section("reduce per batch", list(_reduce_lines(plan, known))),
+            *([_AHEAD] if teaches_ahead(plan, has_momentum=has_momentum) else []),
             f"exactness: {exactness_of(plan, traits)}",
-            *(
-                f"  {line}"
-                for line in sentences or ["Every job has one rank: the student gets the bits of one process."]
-            ),
+            *(f"  {line}" for line in sentences or [_SAME_BITS]),
         ]
     )
 

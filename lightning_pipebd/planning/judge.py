@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lightning_pipebd.planning.ahead import steady_programs
 from lightning_pipebd.planning.cluster import Cluster
-from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.event_loop import Recording, run_timetable
 from lightning_pipebd.planning.memory import MemoryUse, rank_memory
@@ -58,6 +58,7 @@ class Judge:
         num_rows: Rows of the batch.
         target_blocks: Student blocks whose loss reads the labels.
         max_in_flight: Steps by which a sender may be ahead of its receiver.
+        has_momentum: Whether each teacher block follows its student block.
     """
 
     costs: CostTable
@@ -65,6 +66,7 @@ class Judge:
     num_rows: int
     target_blocks: Collection[int] = ()
     max_in_flight: int = 2
+    has_momentum: bool = False
 
     @staticmethod
     def can_simulate(plan: Plan) -> bool:
@@ -74,7 +76,9 @@ class Judge:
 
     def judge(self, plan: Plan) -> Judgement:
         """Compile and simulate a plan."""
-        programs = compile_programs(plan, self.num_rows, target_blocks=self.target_blocks)
+        programs = steady_programs(
+            plan, self.num_rows, target_blocks=self.target_blocks, has_momentum=self.has_momentum
+        )
         timetable = make_timetable(programs, self.costs, self.cluster)
         num_actions = sum(len(program.actions) for program in programs)
         num_steps = max(4, min(_NUM_STEPS, _MAX_STEPS_OF_ACTIONS // max(num_actions, 1)))
@@ -123,6 +127,7 @@ _AWAITED = {
     OperationKind.LOAD: "its loader",
     OperationKind.SEND: "room in the queue of a rank it sends to",
     OperationKind.RECV: "rows of another rank",
+    OperationKind.RECV_FROM_LAST: "rows of another rank",
     OperationKind.REDUCE: "nothing",
     OperationKind.FIRST_UPDATE: "gradients that it shares",
 }

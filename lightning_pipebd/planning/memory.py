@@ -7,12 +7,15 @@
     queues     `max_in_flight` steps of everything the rank sends and receives: a sender keeps what was not received,
                a receiver has what came early
 
+Where teacher blocks work one batch ahead, boundaries for student blocks are alive from one step to the next, and those
+that other ranks sent are in the queue a step longer.
+
 The queues are what they can be, not what they are on average: the limit shall hold on the worst day, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from lightning_pipebd.planning.costs import CostTable
@@ -66,9 +69,11 @@ def rank_memory(
     return MemoryUse(
         _weight_bytes(plan, program, costs),
         _working_bytes(program, costs, has_targets=bool(target_blocks)),
-        max_in_flight
-        * sum(
-            boundary_bytes(costs, action.index) * action.rows.num_rows
+        sum(
+            # What was sent a step ago is there beside what may come early.
+            (max_in_flight + (program.is_taught and action.kind is Kind.RECV and not action.is_next))
+            * boundary_bytes(costs, action.index)
+            * action.rows.num_rows
             for action in program.actions
             if action.kind in (Kind.SEND, Kind.RECV)
         ),
@@ -92,20 +97,36 @@ def _weight_bytes(plan: Plan, program: Program, costs: CostTable) -> int:
 
 
 def _working_bytes(program: Program, costs: CostTable, *, has_targets: bool) -> int:
-    ends: dict[int, list[int]] = {}
-    for boundary, last in program.last_uses().items():
-        ends.setdefault(last, []).append(boundary)
-    alive: dict[int, int] = {}
-    total = peak = 0
+    ends: dict[int, list[tuple[int, bool]]] = {}
+    for is_next, last_uses in ((False, program.last_uses()), (True, program.last_uses_of_next())):
+        for boundary, last in last_uses.items():
+            ends.setdefault(last, []).append((boundary, is_next))
+    alive = {(boundary, False): size for boundary, size in _kept_bytes(program, costs, has_targets=has_targets)}
+    total = peak = sum(alive.values())
     for index, action in enumerate(program.actions):
         for boundary in _brings(action, has_targets=has_targets):
             size = boundary_bytes(costs, boundary) * action.rows.num_rows
-            alive[boundary] = alive.get(boundary, 0) + size
+            key = (boundary, action.is_next)
+            alive[key] = alive.get(key, 0) + size
             total += size
         peak = max(peak, total + _transient_bytes(action, costs))
-        for boundary in ends.get(index, ()):
-            total -= alive.pop(boundary, 0)
+        for key in ends.get(index, ()):
+            total -= alive.pop(key, 0)
     return peak
+
+
+def _kept_bytes(program: Program, costs: CostTable, *, has_targets: bool) -> Iterator[tuple[int, int]]:
+    """List what a rank has kept of a batch that was taught a step ago: it was made there, or received to teach on."""
+    if not program.is_taught:
+        return
+    there = {
+        boundary
+        for action in program.actions
+        if action.is_next
+        for boundary in _brings(action, has_targets=has_targets)
+    }
+    for boundary in sorted(there & program.kept()):
+        yield boundary, boundary_bytes(costs, boundary) * program.num_rows
 
 
 def _brings(action: Action, *, has_targets: bool) -> tuple[int, ...]:

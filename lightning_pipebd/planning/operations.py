@@ -1,4 +1,8 @@
-"""Operations: programs with a time for everything, which is what the event loop works off."""
+"""Operations: programs with a time for everything, which is what the event loop works off.
+
+Programs are those of a steady step: where teacher blocks work one batch ahead, a message about the present batch was
+sent in the step before.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,7 @@ class OperationKind(IntEnum):
     RECV = 3
     REDUCE = 4
     FIRST_UPDATE = 5
+    RECV_FROM_LAST = 6
 
 
 class Operation(NamedTuple):
@@ -32,7 +37,8 @@ class Operation(NamedTuple):
     Args:
         kind: What it may wait for.
         busy_ms: Time of the rank's own thread.
-        target: Number of the message of SEND and RECV, of the gathering that begins with a REDUCE.
+        target: Number of the message of SEND and RECV (for RECV_FROM_LAST that of the step before), of the gathering
+            that begins with a REDUCE.
     """
 
     kind: OperationKind
@@ -115,6 +121,7 @@ class _Maker:
 
     def __init__(self, programs: Sequence[Program], costs: CostTable, cluster: Cluster) -> None:
         self.programs = programs
+        self.is_taught = any(program.is_taught for program in programs)
         self.costs = costs
         self.cluster = cluster
         self.times = {name: costs.times(name) for name in set(cluster.device_class)}
@@ -209,10 +216,12 @@ class _Maker:
         is_send = action.kind is Kind.SEND
         sender, receiver = (rank, action.peer) if is_send else (action.peer, rank)
         link = self.cluster.link(self.costs, (sender, receiver))
-        number = self.messages[sender, receiver, action._replace(kind=Kind.SEND, peer=-1)]
+        is_from_last = self.is_taught and not action.is_next
+        number = self.messages[sender, receiver, action._replace(kind=Kind.SEND, peer=-1, is_next=self.is_taught)]
         occupation = link.send_occupation if is_send else link.receive_occupation
         busy_ms = overhead + occupation * (link.latency_ms + self.wire_ms[number])
-        return Operation(OperationKind.SEND if is_send else OperationKind.RECV, busy_ms, number)
+        received = OperationKind.RECV_FROM_LAST if is_from_last else OperationKind.RECV
+        return Operation(OperationKind.SEND if is_send else received, busy_ms, number)
 
     def _reduce_operation(self, action: Action, overhead: float) -> Operation:
         bucket = self.buckets.get(action.index)

@@ -101,6 +101,7 @@ class Outlook:
             num_rows=self.measurement.num_rows,
             target_blocks=self.measurement.target_blocks,
             max_in_flight=self.max_in_flight,
+            has_momentum=self.measurement.has_momentum,
         )
 
     def simulate(self, num_steps: int) -> Simulation:
@@ -113,6 +114,7 @@ class Outlook:
             num_steps=num_steps,
             max_in_flight=self.max_in_flight,
             target_blocks=self.measurement.target_blocks,
+            has_momentum=self.measurement.has_momentum,
         )
 
     def check_memory(self) -> None:
@@ -135,6 +137,7 @@ class Outlook:
             num_rows=measurement.num_rows,
             input_bytes_per_row=measurement.costs.boundary_bytes_per_row[0],
             target_blocks=measurement.target_blocks,
+            has_momentum=measurement.has_momentum,
         )
         return "\n".join([*self._block_lines(), "", *self._prediction_lines(), "", explained])
 

@@ -116,34 +116,39 @@ def find_plan(
 
     Example:
         >>> from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, Curve, DeviceTimes
-        >>> times = [
-        ...     BlockTimes(teach_ms=Curve.affine(0.1, 0), learn_ms=Curve.affine(learn_ms, 0))
-        ...     for learn_ms in (1, 1, 1, 3)
-        ... ]
-        >>> costs = CostTable(
-        ...     blocks=[BlockSizes(name=name) for name in "abcd"],
-        ...     devices=[DeviceTimes(device_class="default", blocks=times)],
-        ...     boundary_bytes_per_row=[1] * 5,
-        ... )
+        >>> teach_ms, learn_ms = Curve.affine(0.1, 0), [Curve.affine(ms, 0) for ms in (1, 1, 1, 3.2)]
+        >>> times = [BlockTimes(teach_ms=teach_ms, learn_ms=own_ms) for own_ms in learn_ms]
+        >>> blocks = [BlockSizes(name=name) for name in "abcd"]
+        >>> device = DeviceTimes(device_class="default", blocks=times)
+        >>> costs = CostTable(blocks=blocks, devices=[device], boundary_bytes_per_row=[1] * 5)
         >>> choice = find_plan(costs, Cluster.uniform(2), num_rows=64)
         >>> print(choice.family, choice.plan == Plan.straight([3, 1]), round(choice.step_time_ms, 3))
         straight True 3.3
     """
     level = _read_exactness(exactness)
-    if num_rows < 1:
-        raise ValueError(f"`num_rows` must be at least 1, but is {num_rows}. Give the rows of a batch.")
+    _check_num_rows(num_rows)
     check_max_in_flight(max_in_flight)
     judge = Judge(
-        costs=costs, cluster=cluster, num_rows=num_rows, target_blocks=target_blocks, max_in_flight=max_in_flight
+        costs=costs,
+        cluster=cluster,
+        num_rows=num_rows,
+        target_blocks=target_blocks,
+        max_in_flight=max_in_flight,
+        has_momentum=has_momentum,
     )
-    return _choose(_find_families(judge, _changing_blocks(costs, traits), level, has_momentum=has_momentum))
+    return _choose(_find_families(judge, _changing_blocks(costs, traits), level))
 
 
-def _find_families(judge: Judge, changing: tuple[int, ...], level: Exactness, *, has_momentum: bool) -> Families:
+def _check_num_rows(num_rows: int) -> None:
+    if num_rows < 1:
+        raise ValueError(f"`num_rows` must be at least 1, but is {num_rows}. Give the rows of a batch.")
+
+
+def _find_families(judge: Judge, changing: tuple[int, ...], level: Exactness) -> Families:
     """Search the families; divide students whose mathematics that changes only if it is allowed and necessary."""
-    families = _search(judge, changing, level, has_momentum)
+    families = _search(judge, changing, level)
     if not families.found and changing and level is not Exactness.BITWISE:
-        divided = _search(judge, (), level, has_momentum)
+        divided = _search(judge, (), level)
         if divided.found and level is not Exactness.STATISTICS:
             names = ", ".join(judge.costs.blocks[block].name for block in changing)
             raise PlanError(
@@ -174,15 +179,15 @@ def _changing_blocks(costs: CostTable, traits: Sequence[BlockTraits]) -> tuple[i
     return tuple(sorted({reason.block for reason in reasons if reason.exactness is Exactness.STATISTICS}))
 
 
-def _search(judge: Judge, whole_students: Collection[int], level: Exactness, has_momentum: bool) -> Families:
+def _search(judge: Judge, whole_students: Collection[int], level: Exactness) -> Families:
     families = Families(
         judge,
         whole_students=whole_students,
         divides_rows=level is not Exactness.BITWISE,
-        has_momentum=has_momentum,
+        has_momentum=judge.has_momentum,
     )
     families.find()
-    if not has_momentum:
+    if not judge.has_momentum:
         add_scattered(families)
         add_fractional(families)
     return families

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lightning_pipebd.planning.ahead import steady_programs
 from lightning_pipebd.planning.cluster import Cluster
-from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.costs import CostTable
 from lightning_pipebd.planning.curve import CostError
 from lightning_pipebd.planning.event_loop import Recording, run_timetable
@@ -92,6 +92,7 @@ def simulate(
     num_steps: int = 32,
     max_in_flight: int = 2,
     target_blocks: Collection[int] = (),
+    has_momentum: bool = False,
 ) -> Simulation:
     """Run a plan's programs on a clock.
 
@@ -99,7 +100,8 @@ def simulate(
     steps ago have not been delivered to that peer; a message is taken once its receiver works on a step less than
     `max_in_flight` behind. A rank sends, and receives, one transfer at a time. A bucket's sum runs beside the thread
     from when its last rank is to be expected, and is waited for before the rank's first UPDATE. A loader works ahead.
-    The fractions of transfers, reductions and loading that occupy the thread are those of the costs.
+    The fractions of transfers, reductions and loading that occupy the thread are those of the costs. Where teacher
+    blocks work one batch ahead, every step is one from the middle of an epoch.
 
     Args:
         plan: Who computes what.
@@ -109,6 +111,7 @@ def simulate(
         num_steps: Steps to simulate, at least 2.
         max_in_flight: Steps by which a sender may be ahead of its receiver before it waits, at least 1.
         target_blocks: Student blocks whose loss reads the labels.
+        has_momentum: Whether each teacher block follows its student block, and so never works ahead of it.
 
     Raises:
         CostError: Costs, cluster and plan do not fit together.
@@ -117,32 +120,33 @@ def simulate(
     Example:
         >>> from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, Curve, DeviceTimes
         >>> times = BlockTimes(teach_ms=Curve([(8, 1.0)]), learn_ms=Curve([(8, 3.0)]))
-        >>> costs = CostTable(
-        ...     blocks=[BlockSizes(name="a"), BlockSizes(name="b")],
-        ...     devices=[DeviceTimes(device_class="default", blocks=[times, times])],
-        ...     boundary_bytes_per_row=[1, 1, 1],
-        ... )
+        >>> blocks = [BlockSizes(name=name) for name in "ab"]
+        >>> device = DeviceTimes(device_class="default", blocks=[times] * 2)
+        >>> costs = CostTable(blocks=blocks, devices=[device], boundary_bytes_per_row=[1, 1, 1])
         >>> found = simulate(Plan.straight([1, 1]), costs, Cluster.uniform(2), num_rows=8)
         >>> found.step_time_ms, found.fill_ms, found.utilisation
         (4.0, 1.0, (1.0, 1.0))
     """
     check_fit(plan, costs, cluster)
+    _check_num_steps(num_steps)
     check_max_in_flight(max_in_flight)
-    if num_steps < 2:
-        raise ValueError(f"`num_steps` must be at least 2, but is {num_steps}. The pace shows from step to step.")
-    programs = compile_programs(plan, num_rows, target_blocks=target_blocks)
+    programs = steady_programs(plan, num_rows, target_blocks=target_blocks, has_momentum=has_momentum)
     timetable = make_timetable(programs, costs, cluster)
     recording = run_timetable(timetable, num_steps, max_in_flight, with_spans=True)
-    step_time_ms = steady_step_ms(recording)
     options: dict[str, Any] = {"max_in_flight": max_in_flight, "target_blocks": target_blocks}
     return Simulation(
-        step_time_ms=step_time_ms,
-        fill_ms=max(0.0, max(finish[-1] for finish in recording.finish_ms if finish) - num_steps * step_time_ms),
+        step_time_ms=steady_step_ms(recording),
+        fill_ms=_fill_ms(recording, num_steps),
         busy_ms=tuple(map(timetable.busy_ms, range(plan.num_ranks))),
         memory=tuple(rank_memory(plan, program, costs, **options) for program in programs),
         traffic_bytes={(channel.sender, channel.receiver): channel.num_bytes for channel in timetable.channels},
         timeline=make_timeline(programs, recording),
     )
+
+
+def _fill_ms(recording: Recording, num_steps: int) -> float:
+    last = max(finish[-1] for finish in recording.finish_ms if finish)
+    return max(0.0, last - num_steps * steady_step_ms(recording))
 
 
 def check_fit(plan: Plan, costs: CostTable, cluster: Cluster) -> None:
@@ -182,6 +186,11 @@ def check_max_in_flight(max_in_flight: int) -> None:
     """
     if max_in_flight < 1:
         raise ValueError(f"`max_in_flight` must be at least 1, but is {max_in_flight}. A rank must be able to send.")
+
+
+def _check_num_steps(num_steps: int) -> None:
+    if num_steps < 2:
+        raise ValueError(f"`num_steps` must be at least 2, but is {num_steps}. The pace shows from step to step.")
 
 
 def make_timeline(programs: Sequence[Program | PipelineProgram], recording: Recording) -> tuple[TimelineSpan, ...]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from lightning_pipebd.planning.ahead import teaches_ahead
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import LoaderCost
 from lightning_pipebd.planning.curve import Curve
@@ -38,8 +39,10 @@ def test_whole_jobs_anywhere_remove_most_of_the_imbalance() -> None:
     # The first block with its loading is heavier than a quarter of the work, so no cut of the chain helps.
     assert (times[Family.STRAIGHT], times[Family.HALF_CUT]) == pytest.approx((10.06, 10.06))
     assert choice.family is Family.SCATTERED
-    assert choice.step_time_ms == pytest.approx(8.89, abs=0.01)
-    assert IDEAL_MS / choice.step_time_ms > 0.93
+    # Its rows come round: with the teacher a batch ahead, nobody waits for them.
+    assert teaches_ahead(choice.plan)
+    assert choice.step_time_ms == pytest.approx(8.58, abs=0.01)
+    assert IDEAL_MS / choice.step_time_ms > 0.96
 
 
 def test_data_parallel_training_of_all_blocks_is_twice_as_slow() -> None:
