@@ -1,9 +1,10 @@
 """Scattered plans: whole jobs on any ranks, which balances coarse blocks best without dividing a single row.
 
 Teachers are stateless and students are independent, so nothing asks that a rank's jobs be neighbours; the price is that
-more boundaries travel, and that a rank may wait for rows that come round by other ranks. To balance whole jobs best is
-as hard as packing, so this is a local search: jobs of the busiest rank are moved to other ranks or exchanged for other
-jobs, the most promising by their times first, and kept if the simulator, which knows the price, agrees.
+more boundaries travel, and that rows come round by other ranks, for which all teachers work one batch ahead. To balance
+whole jobs best is as hard as packing, so this is a local search: jobs of the busiest rank are moved to other ranks or
+exchanged for other jobs, the most promising by their times first, and kept if the simulator, which knows the price,
+agrees.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from fractions import Fraction
 from heapq import nsmallest
 from math import ceil
 
+from lightning_pipebd.planning.ahead import teaches_ahead
 from lightning_pipebd.planning.balance import balanced_sizes
 from lightning_pipebd.planning.families import Families, Family
 from lightning_pipebd.planning.judge import Judgement
@@ -45,7 +47,7 @@ def add_scattered(families: Families) -> None:
     trials = [_Trial(families, times, ranks) for ranks in dict.fromkeys(starts)]
     fitting = [trial.improved() for trial in trials if trial.fits]
     if fitting:
-        families.add(Family.SCATTERED, min(fitting, key=lambda trial: trial.judgement.score).plan)
+        families.add(Family.SCATTERED, min(fitting, key=lambda trial: trial.rating).plan)
     else:
         families.skipped.append((Family.SCATTERED, "no such plan was found that fits the memory"))
 
@@ -99,6 +101,12 @@ class _Trial:
         self.plan = Plan(num_ranks=len(times[0]), teacher=tuple(jobs[::2]), student=tuple(jobs[1::2]))
         self.judgement: Judgement = families.judge.judge(self.plan)
         self.fits = families.judge.fits(self.judgement.memory)
+
+    @property
+    def rating(self) -> tuple[float, bool, float]:
+        """How good the plan is, less being better; of equally fast ones it is the one that works on one batch only."""
+        step_time_ms, busy = self.judgement.score
+        return step_time_ms, teaches_ahead(self.plan), busy
 
     def improved(self) -> _Trial:
         """Move jobs as long as that helps and may be tried."""

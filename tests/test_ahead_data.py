@@ -1,0 +1,168 @@
+"""A batch that is loaded a step early: nobody sees another order, and no random draw is another one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.plugins import Precision
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_pipebd.ahead_data import AheadTrainLoader
+from lightning_pipebd.ahead_session import AheadSession, session_kind
+from lightning_pipebd.block_jobs import BlockJobs
+from lightning_pipebd.data import HeaderLoader, TrainLoader
+from lightning_pipebd.lightning_internals.trainer import may_end_or_validate_after
+from lightning_pipebd.pipeline_data import AheadBatch
+from lightning_pipebd.planning.plan_text import parse_plan
+from lightning_pipebd.row_loader import RowLoader
+from lightning_pipebd.runtime.local_transport import LocalWorld
+from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
+from lightning_pipebd.runtime.transport import Lane
+from lightning_pipebd.session import TrainingSession
+from tests.helpers.plans import whole_jobs
+
+WHOLE = (Fraction(0), Fraction(1))
+
+
+class Noise(Dataset[Tensor]):
+    """Eleven rows with random augmentation."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([index + torch.rand(()).item()])
+
+
+class Rank:
+    """The loading rank: unpacking draws, too, and what was unpacked is noted."""
+
+    def __init__(self, never_after: tuple[int, ...] = (), outbox: Outbox | None = None) -> None:
+        self.unpacked: dict[int, float] = {}
+        rows = RowLoader(DataLoader(Noise(), batch_size=3, shuffle=True), WHOLE)
+        self.loader = AheadTrainLoader(
+            rows, outbox=outbox, prepare=self.prepare, may_look=lambda index: index not in (*never_after, 3)
+        )
+
+    def prepare(self, batch: AheadBatch) -> None:
+        self.unpacked[id(batch)] = torch.rand(()).item()
+
+    def batches(self, num_batches: int | None = None) -> Iterator[tuple[list[float], float]]:
+        """Give what a step trains on, unpacked in time or in the step itself."""
+        for given in islice(self.loader, num_batches):
+            loaded = self.loader.loaded.popleft()
+            assert loaded.batch is given
+            batch = given._batch if isinstance(given, AheadBatch) else given
+            yield batch.flatten().tolist(), self.unpacked.get(id(given)) or torch.rand(()).item()
+
+
+def as_in_one_process() -> list[tuple[list[float], float]]:
+    loader = TrainLoader(RowLoader(DataLoader(Noise(), batch_size=3, shuffle=True), WHOLE))
+    return [(batch.flatten().tolist(), torch.rand(()).item()) for batch in loader]
+
+
+@pytest.mark.parametrize("never_after", [(), (1,), (0, 1, 2)])
+def test_loading_and_unpacking_draw_in_the_order_of_one_process(never_after: tuple[int, ...]) -> None:
+    torch.manual_seed(4)
+    expected = [as_in_one_process(), as_in_one_process()]
+    after = torch.rand(())
+    torch.manual_seed(4)
+    rank = Rank(never_after)
+    assert [list(rank.batches()), list(rank.batches())] == expected
+    assert torch.equal(torch.rand(()), after)
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 3])
+def test_run_that_goes_on_draws_again_what_was_drawn_for_a_batch_ahead(num_batches: int) -> None:
+    torch.manual_seed(4)
+    expected = as_in_one_process()
+    torch.manual_seed(4)
+    rank = Rank()
+    steps = rank.batches()
+    assert [next(steps) for _ in range(num_batches)] == expected[:num_batches]
+    position = rank.loader.position(num_batches)
+    torch.manual_seed(99)
+    for resumed in (Rank(), Rank(never_after=(0, 1, 2))):
+        resumed.loader.resumed = position
+        assert list(resumed.batches()) == expected[num_batches:]
+
+
+def test_every_rank_knows_the_rows_of_the_next_batch_and_which_batch_is_the_first() -> None:
+    world = LocalWorld(2)
+    outbox = Outbox(world.transports[0], [1], Lane.HEADERS)
+    mailbox = Mailbox(world.transports[1], 0, Lane.HEADERS)
+    rank, header = Rank(never_after=(1,), outbox=outbox), HeaderLoader([None] * 4, mailbox)
+    for _ in range(2):
+        announced = []
+        for loader in (rank.loader, header):
+            assert len(list(loader)) == 4
+            announced.append([(part.num_rows, part.num_next_rows, part.is_first) for part in loader.loaded])
+        assert announced == [[(3, 3, True), (3, 0, False), (3, 2, False), (2, 0, False)]] * 2
+    outbox.close()
+    mailbox.close()
+
+
+def trainer(**changes: Any) -> Any:
+    progress = SimpleNamespace(total=SimpleNamespace(ready=changes.pop("ready", 0)))
+    usual = {
+        "num_training_batches": 9,
+        "should_stop": False,
+        "max_steps": -1,
+        "global_step": 4,
+        "enable_validation": True,
+        "check_val_every_n_epoch": 1,
+        "val_check_batch": 9,
+        "_val_check_time_interval": None,
+        "fit_loop": SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=progress)),
+    }
+    return SimpleNamespace(**{**usual, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "batches"),
+    [
+        ({}, [8]),
+        ({"enable_validation": False, "val_check_batch": 3}, [8]),
+        ({"val_check_batch": 3}, [2, 5, 8]),
+        ({"val_check_batch": float("inf")}, [8]),
+        ({"max_steps": 5}, list(range(9))),
+        ({"max_steps": 6}, [8]),
+        ({"should_stop": True}, list(range(9))),
+        ({"_val_check_time_interval": 60}, list(range(9))),
+        ({"check_val_every_n_epoch": None, "val_check_batch": 4, "ready": 3}, list(range(9))),
+        ({"check_val_every_n_epoch": None, "val_check_batch": 4, "ready": 4}, [8]),
+    ],
+)
+def test_no_batch_is_loaded_early_where_something_else_may_come_first(
+    changes: dict[str, Any], batches: list[int]
+) -> None:
+    assert [index for index in range(9) if may_end_or_validate_after(trainer(**changes), index)] == batches
+
+
+def test_momentum_teacher_stays_with_its_batch() -> None:
+    plan = whole_jobs([0, 1, 0], [0, 1, 0])
+    frozen, moving = (SimpleNamespace(block_momentum=momentum) for momentum in (None, object()))
+    assert session_kind(plan, frozen) is AheadSession  # type: ignore[arg-type]
+    assert session_kind(plan, moving) is TrainingSession  # type: ignore[arg-type]
+    assert session_kind(parse_plan("0|1|2"), frozen) is TrainingSession  # type: ignore[arg-type]
+
+
+def test_boundaries_that_outlive_the_next_call_are_copied_where_that_writes_to_the_same_memory() -> None:
+    memory = torch.zeros(2)
+
+    def teach(block: int, boundary: Any) -> tuple[Tensor, int]:
+        return memory.fill_(boundary), 7
+
+    jobs = BlockJobs(SimpleNamespace(teach=teach), Precision())  # type: ignore[arg-type]
+    shared, _ = jobs.teach(0, 1.0)
+    jobs.copies_boundaries = True
+    kept, number = jobs.teach(0, 2.0)
+    jobs.teach(0, 3.0)
+    assert (shared.tolist(), kept.tolist(), number) == ([3.0, 3.0], [2.0, 2.0], 7)
