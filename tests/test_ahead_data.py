@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import Precision
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_pipebd.ahead_data import AheadTrainLoader
 from lightning_pipebd.ahead_session import AheadSession, session_kind
@@ -144,6 +144,38 @@ def test_no_batch_is_loaded_early_where_something_else_may_come_first(
     changes: dict[str, Any], batches: list[int]
 ) -> None:
     assert [index for index in range(9) if may_end_or_validate_after(trainer(**changes), index)] == batches
+
+
+class Stateful(DataLoader[Tensor]):
+    """Counts what it has given."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class Endless(IterableDataset[Tensor]):
+    """Has no length."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield torch.zeros(1)
+
+
+@pytest.mark.parametrize(
+    ("loader", "looks"),
+    [
+        (DataLoader(Noise(), batch_size=3), True),
+        (Stateful(Noise(), batch_size=3), False),
+        (DataLoader(Endless(), batch_size=3), False),
+    ],
+    ids=["plain", "stateful", "without a length"],
+)
+def test_teacher_stays_with_its_batch_where_nobody_may_look_ahead(loader: Any, looks: bool) -> None:
+    session = SimpleNamespace(_outbox=None, _prepare=None, _trainer=trainer())
+    made = AheadSession._make_loader(session, RowLoader(loader, WHOLE), loader)  # type: ignore[arg-type]
+    assert isinstance(made, AheadTrainLoader)
+    assert made._may_look(0) is looks
 
 
 def test_momentum_teacher_stays_with_its_batch() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_pipebd.planning.ahead import compile_ahead, steady_programs, teaches_ahead
 from lightning_pipebd.planning.cluster import Cluster
@@ -70,10 +71,10 @@ def test_what_a_student_block_waits_for_was_sent_in_the_step_before() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(plan=ahead_plans())
-def test_simulated_steps_are_never_faster_than_the_busiest_rank(plan: Plan) -> None:
+@given(plan=ahead_plans(), max_in_flight=st.integers(1, 3))
+def test_simulated_steps_end_and_are_never_faster_than_the_busiest_rank(plan: Plan, max_in_flight: int) -> None:
     costs = constant_costs([(1, 3), (2, 2), (3, 1), (1, 2), (2, 4), (1, 1)][: plan.num_blocks])
-    found = simulate(plan, costs, Cluster.uniform(plan.num_ranks), num_rows=8)
+    found = simulate(plan, costs, Cluster.uniform(plan.num_ranks), num_rows=8, max_in_flight=max_in_flight)
     assert found.step_time_ms >= max(found.busy_ms) - 1e-9
 
 
