@@ -82,7 +82,8 @@ def _findings(times: dict[str, list[float]], chores: Chores, outlooks: Sequence[
     """Say what became of each claim."""
     plans = sorted({f"`{format_plan(outlook.plan)}`" for outlook in outlooks})
     foreseen = ", ".join(f"{outlook.step_time_ms:.1f}" for outlook in outlooks)
-    lines = [f"automatic plans: {', '.join(plans)}; foreseen {foreseen} ms"]
+    straight = format_plan(chores.straight_plan)
+    lines = [f"automatic plans: {', '.join(plans)}; foreseen {foreseen} ms; straight plan: `{straight}`"]
     others = {name: times[name] for name in _OTHERS if name in times}
     if others:
         best = min(others, key=lambda name: statistics.median(others[name]))
