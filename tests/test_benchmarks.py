@@ -139,9 +139,9 @@ def test_a_table_is_scaled_to_the_work_of_a_step() -> None:
 
 def test_rounds_are_interleaved_and_ratios_are_taken_within_a_round() -> None:
     order: list[str] = []
-    found = interleave("ab", 2, lambda name: order.append(name) or len(order))
-    assert order == ["a", "b", "a", "b"]
-    assert found == {"a": [1, 3], "b": [2, 4]}
+    found = interleave("ab", 3, lambda name: order.append(name) or len(order))
+    assert order == ["a", "b", "b", "a", "a", "b"]
+    assert found == {"a": [1, 4, 5], "b": [2, 3, 6]}
     assert ratios([8.0, 3.0, 9.0], [2.0, 1.0, 9.0]) == Spread(3.0, 1.0, 4.0)
 
 

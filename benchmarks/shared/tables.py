@@ -43,11 +43,14 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> Spread
 
 
 def interleave(names: Iterable[str], repeats: int, measure: Callable[[str], T]) -> dict[str, list[T]]:
-    """Measure everything once, then everything once more, because a machine's speed drifts; give all per name."""
+    """Measure everything once, then once more, and so on, because a machine's speed drifts; give all per name.
+
+    Every second round goes backwards, so that nobody always comes after the same one.
+    """
     found: dict[str, list[T]] = {name: [] for name in names}
-    for _ in range(repeats):
-        for name, results in found.items():
-            results.append(measure(name))
+    for repeat in range(repeats):
+        for name in reversed(found) if repeat % 2 else found:
+            found[name].append(measure(name))
     return found
 
 
