@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning_pipebd.automatic_plan import PlanFinder, gather_machines, make_bench, optimizers_to_measure
 from lightning_pipebd.cost_tables import MeasurementCache
 from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
-from lightning_pipebd.machines import Machine, find_cluster
+from lightning_pipebd.machines import Machine, find_cluster, find_memory
 from lightning_pipebd.pipeline_measuring import coupled_blocks, measure_pipeline, one_replica_reason
 from lightning_pipebd.pipeline_options import PipelineOptions, even_plan
 from lightning_pipebd.planning.cluster import Cluster
@@ -107,7 +107,8 @@ def find_pipeline_of_fit(
     if measurement is None:
         # Nothing to train on: Lightning will say so.
         return FoundPipeline(given or even_plan(module, num_ranks), settled, settled.durations(module), None)
-    cluster = find_cluster(machines, finder.memory_limit)
+    memory = find_memory(transport, strategy.root_device, machines, finder.memory_limit)
+    cluster = find_cluster(machines, memory)
     if given is None:
         look = partial(_find_best, finder, options, measurement, cluster)
     else:

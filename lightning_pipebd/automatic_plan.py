@@ -18,7 +18,7 @@ from lightning_pipebd.distillation_module import DistillationModule
 from lightning_pipebd.lightning_internals.module import set_device
 from lightning_pipebd.lightning_internals.processes import ProcessGroupStrategy
 from lightning_pipebd.lightning_internals.trainer import without_train_loader
-from lightning_pipebd.machines import Machine, find_cluster
+from lightning_pipebd.machines import Machine, find_cluster, find_memory
 from lightning_pipebd.measuring import block_traits, count_batch_rows, measure_module
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.planning.cluster import Cluster
@@ -188,7 +188,8 @@ class PlanFinder:
         if measurement is None:
             # Nothing to train on: Lightning will say so.
             return FoundPlan(given or Plan.straight([bench.module.num_blocks, *[0] * (len(machines) - 1)]), None)
-        cluster = _fitting_cluster(find_cluster(machines, self.memory_limit), measurement.costs)
+        memory = find_memory(bench.transport, bench.device, machines, self.memory_limit)
+        cluster = _fitting_cluster(find_cluster(machines, memory), measurement.costs)
         outlook = done_by_rank_zero(bench.transport, lambda: self._look(given, measurement, cluster))
         outlook = try_plans(bench, outlook, self.trials)
         return FoundPlan(outlook.plan, outlook)
@@ -271,8 +272,8 @@ def make_bench(
 
 def gather_machines(strategy: ProcessGroupStrategy, transport: Transport) -> list[Machine]:
     """**Collective** over all ranks: describe what every rank computes on."""
-    machines = transport.all_gather_object(tuple(Machine.here(strategy.root_device, strategy.node_rank)))
-    return [Machine(*machine) for machine in machines]
+    own = Machine.here(strategy.root_device, strategy.node_rank, devices=strategy.parallel_devices or ())
+    return [Machine(*machine) for machine in transport.all_gather_object(tuple(own))]
 
 
 def optimizers_to_measure(

@@ -38,7 +38,7 @@ def measurement_key(
         batch: Inputs and labels; their shapes and types count.
         optimizers: The user's; their kinds and switches count, their learning rates do not.
         plugin: The trainer's precision plugin.
-        machines: Of every rank, its device, its node and its threads.
+        machines: Of every rank, its device, its node, its threads, and how many ranks share the device.
         num_ranks: Ranks for which numbers of rows were chosen.
         is_synchronised: Whether shared blocks take their batch statistics over all rows.
     """

@@ -93,7 +93,7 @@ def measure_module(
         batch,
         optimizers,
         bench.plugin,
-        machines=[machine[:3] for machine in machines],
+        machines=list(machines),
         num_ranks=num_ranks,
         is_synchronised=bench.is_synchronised,
     )

@@ -84,7 +84,7 @@ def measure_pipeline(
         batch,
         optimizers,
         bench.plugin,
-        machines=[machine[:3] for machine in machines],
+        machines=list(machines),
         num_ranks=num_ranks,
         is_synchronised=False,
     )
