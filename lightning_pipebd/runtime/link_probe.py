@@ -15,9 +15,11 @@ from lightning_pipebd.planning.curve import Curve
 from lightning_pipebd.runtime.sampling import median_ms
 from lightning_pipebd.runtime.transport import Lane, Message, Transport
 
-__all__ = ["Links", "measure_links", "probe_edges", "probe_groups"]
+__all__ = ["Links", "Passage", "link_cost", "measure_links", "probe_edges", "probe_groups"]
 
 _SMALL_BYTES, _LARGE_BYTES = 4096, 4 << 20
+# Between GPUs a few MiB take less time than telling of them.
+_LARGE_CUDA_BYTES = 256 << 20
 _NUM_SMALL, _NUM_LARGE, _NUM_REDUCES = 20, 6, 5
 
 
@@ -35,8 +37,16 @@ class Links(NamedTuple):
     overheads: Overheads = Overheads()
 
 
-class _Passage(NamedTuple):
-    """One direction of a message measured to and fro, or a reduction; and what it takes of the rank's own time."""
+class Passage(NamedTuple):
+    """One direction of a message measured to and fro, or a reduction; and what it takes of the rank's own time.
+
+    With a GPU the rank's own time is that of beginning it: the rest is done by other threads, or by the GPU, and the
+    main thread does not wait for it in training.
+
+    Args:
+        ms: How long it takes.
+        busy_ms: How much of the rank's own time.
+    """
 
     ms: float
     busy_ms: float
@@ -111,10 +121,37 @@ def _with_reduces(link: LinkCost, found: Sequence[_Reduction]) -> LinkCost:
     return replace(link, reduce_occupation=occupation, reduces=tuple(reduction.times for reduction in found))
 
 
-def _share_of(small: _Passage, large: _Passage) -> tuple[float, float]:
+def _share_of(small: Passage, large: Passage) -> tuple[float, float]:
     """Give the fraction of a transfer that occupies the rank, and what a small one takes of its time besides."""
     occupation = min(1.0, large.busy_ms / max(large.ms, 1e-6))
     return occupation, max(0.0, small.busy_ms - occupation * small.ms)
+
+
+def _growth_of(small: Passage, large: Passage) -> tuple[float, float]:
+    """Give the same for a GPU, where to begin a transfer takes as long for any size, unless the rank copies for it."""
+    occupation = (large.busy_ms - small.busy_ms) / max(large.ms - small.ms, 1e-6)
+    occupation = min(1.0, max(0.0, occupation))
+    return occupation, max(0.0, small.busy_ms - occupation * small.ms)
+
+
+def link_cost(small: Passage, large: Passage, large_bytes: int, *, is_cuda: bool) -> tuple[LinkCost, float]:
+    """Give the cost of a link, and what a message takes of a rank's time however small it is.
+
+    Args:
+        small: A message of 4 KiB.
+        large: A message of ``large_bytes``.
+        large_bytes: Its size.
+        is_cuda: Whether both ranks have a GPU.
+    """
+    occupation, own_ms = (_growth_of if is_cuda else _share_of)(small, large)
+    link = LinkCost(
+        latency_ms=small.ms,
+        bytes_per_ms=(large_bytes - _SMALL_BYTES) / max(large.ms - small.ms, 1e-6),
+        send_occupation=occupation,
+        # On a GPU's side a thread receives.
+        receive_occupation=0.0 if is_cuda else occupation,
+    )
+    return link, own_ms
 
 
 def _measure_pair(
@@ -124,35 +161,43 @@ def _measure_pair(
     if transport.rank not in ranks:
         return LinkCost(), 0.0
     small = _pass(transport, ranks, device, _SMALL_BYTES, _NUM_SMALL, is_crowded=is_crowded)
-    large = _pass(transport, ranks, device, _LARGE_BYTES, _NUM_LARGE, is_crowded=is_crowded)
-    bytes_per_ms = (_LARGE_BYTES - _SMALL_BYTES) / max(large.ms - small.ms, 1e-6)
-    occupation, own_ms = _share_of(small, large)
-    link = LinkCost(
-        latency_ms=small.ms, bytes_per_ms=bytes_per_ms, send_occupation=occupation, receive_occupation=occupation
-    )
-    return link, own_ms
+    large_bytes = _large_bytes(device)
+    large = _pass(transport, ranks, device, large_bytes, _NUM_LARGE, is_crowded=is_crowded)
+    return link_cost(small, large, large_bytes, is_cuda=device.type == "cuda")
+
+
+def _large_bytes(device: torch.device) -> int:
+    return _LARGE_CUDA_BYTES if device.type == "cuda" else _LARGE_BYTES
 
 
 def _pass(
     transport: Transport, ranks: tuple[int, int], device: torch.device, num_bytes: int, count: int, *, is_crowded: bool
-) -> _Passage:
+) -> Passage:
     payload = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
     peer = ranks[1] if transport.rank == ranks[0] else ranks[0]
     busy_clock = _busy_clock(is_crowded=is_crowded)
     times, busy = [], []
+
+    def send() -> float:
+        start = time.perf_counter()
+        pending = transport.send(Message((0, 0, 0, 0), payload), peer, Lane.RELAY)
+        begun_ms = (time.perf_counter() - start) * 1000
+        pending.wait()
+        return begun_ms
+
     for _ in range(count + 1):
         start, busy_start = time.perf_counter(), busy_clock()
         if transport.rank == ranks[0]:
-            transport.send(Message((0, 0, 0, 0), payload), peer, Lane.RELAY).wait()
+            begun_ms = send()
             transport.recv(peer, Lane.RELAY)
         else:
             transport.recv(peer, Lane.RELAY)
-            transport.send(Message((0, 0, 0, 0), payload), peer, Lane.RELAY).wait()
+            begun_ms = send()
         # There and back.
         times.append((time.perf_counter() - start) * 500)
-        busy.append((busy_clock() - busy_start) * 500)
+        busy.append(begun_ms if device.type == "cuda" else (busy_clock() - busy_start) * 500)
     # The first message also tells the receiver its layout.
-    return _Passage(median_ms(times[1:]), median_ms(busy[1:]))
+    return Passage(median_ms(times[1:]), median_ms(busy[1:]))
 
 
 def _measure_reduce(
@@ -160,21 +205,24 @@ def _measure_reduce(
 ) -> _Reduction:
     busy_clock = _busy_clock(is_crowded=is_crowded)
     found = []
-    for num_bytes in (_SMALL_BYTES, _LARGE_BYTES):
+    large_bytes, is_cuda = _large_bytes(device), device.type == "cuda"
+    for num_bytes in (_SMALL_BYTES, large_bytes):
         tensor = torch.zeros(num_bytes // 4, device=device)
         transport.all_gather_object(None)
         times, busy = [], []
         for _ in range(_NUM_REDUCES + 2 if transport.rank in group else 0):
             start, busy_start = time.perf_counter(), busy_clock()
-            transport.all_reduce([tensor], group).wait()
-            if device.type == "cuda":
+            pending = transport.all_reduce([tensor], group)
+            begun_ms = (time.perf_counter() - start) * 1000
+            pending.wait()
+            if is_cuda:
                 torch.cuda.synchronize(device)
             times.append((time.perf_counter() - start) * 1000)
-            busy.append((busy_clock() - busy_start) * 1000)
+            busy.append(begun_ms if is_cuda else (busy_clock() - busy_start) * 1000)
         # The first one makes room.
-        found.append(_Passage(median_ms(times[2:]), median_ms(busy[2:])) if times else _Passage(0.0, 0.0))
-    curve = Curve(zip((_SMALL_BYTES, _LARGE_BYTES), (passage.ms for passage in found), strict=True))
-    return _Reduction(ReduceTimes(num_ranks=len(group), ms=curve), *_share_of(*found))
+        found.append(Passage(median_ms(times[2:]), median_ms(busy[2:])) if times else Passage(0.0, 0.0))
+    curve = Curve(zip((_SMALL_BYTES, large_bytes), (passage.ms for passage in found), strict=True))
+    return _Reduction(ReduceTimes(num_ranks=len(group), ms=curve), *(_growth_of if is_cuda else _share_of)(*found))
 
 
 def _busy_clock(*, is_crowded: bool) -> Callable[[], float]:
