@@ -44,6 +44,7 @@ class BlockJobs:
         num_accumulated: Batches whose gradients make one update.
         copies_boundaries: Whether what a teacher block gives must outlive its next call, though that may write to the
             same memory, as CUDA graphs do.
+        shares_backward: Whether neighbouring small blocks may have one backward pass.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class BlockJobs:
         self.batch_idx = 0
         self.num_accumulated = 1
         self.copies_boundaries = False
+        self.shares_backward = True
         self._backward = SharedBackward(self._run_backward)
 
     @property
     def is_full(self) -> bool:
         """Whether :meth:`settle` must come before the next :meth:`learn`."""
-        return self._backward.is_full
+        return not self.shares_backward or self._backward.is_full
 
     def load(self, batch: Any, rows: Rows) -> dict[int, RowTree]:
         """Give what a program starts from, of a batch that holds some rows."""

@@ -22,5 +22,4 @@ def connect_ranks(
     """
     if before is not None and before.is_usable:
         return before
-    share_device = len(set(strategy.parallel_devices or ())) < strategy.num_processes
-    return ProcessGroupTransport(strategy.root_device, timeout=timeout, share_device=share_device)
+    return ProcessGroupTransport(strategy.root_device, timeout=timeout)

@@ -27,11 +27,12 @@ from lightning_pipebd.lightning_internals.trainer import seed_workers
 from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.placement import BlockPlacement
 from lightning_pipebd.planning.compiler import compile_programs
+from lightning_pipebd.planning.meetings import find_missed_meeting
 from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.planning.program import Kind, Program
 from lightning_pipebd.row_loader import Loaded, RowLoader
-from lightning_pipebd.runtime.batch_norm import SynchronisedNorms
+from lightning_pipebd.runtime.batch_norm import SynchronisedNorms, has_norms
 from lightning_pipebd.runtime.executor import Executor
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.step_agreement import END, SAVE
@@ -99,6 +100,7 @@ class TrainingSession(FitSession):
         self._staged: tuple[Loaded, Any, int] | None = None
         self._train_loader: TrainLoader | HeaderLoader | None = None
         self._norms: SynchronisedNorms | None = None
+        self._meetings: dict[int, tuple[int, ...]] = {}
         self._converged = ConvergedBlocks()
 
     # Life.
@@ -125,6 +127,8 @@ class TrainingSession(FitSession):
             self._strategy.precision_plugin, parameters, self._strategy.root_device, self._transport
         )
         self._jobs = BlockJobs(self._module, self._strategy.precision_plugin, self.scalers)
+        # Which blocks share a pass depends on a rank's rows; layers must meet the other ranks' in one order.
+        self._jobs.shares_backward = not self._meetings
         self._reducer = GradientReducer(self._transport, parameters)
         self._executor = Executor(
             self._jobs,
@@ -222,13 +226,16 @@ class TrainingSession(FitSession):
         return module is self._module
 
     def synchronise_batch_norm(self, transport: ProcessGroupTransport) -> None:
-        """Let shared blocks take their batch statistics over the rows of all ranks that share them."""
-        shared = [block for block in range(self._plan.num_blocks) if len(self._plan.student_ranks(block)) > 1]
-        blocks = [
-            (self._module.block_pairs.student.blocks[block], transport.process_group(self._plan.student_ranks(block)))
-            for block in shared
-            if block in self._learned
-        ]
+        """**Collective** over all ranks: have shared blocks take batch statistics over the rows of all their ranks."""
+        students = self._module.block_pairs.student.blocks
+        shared = {
+            block: ranks
+            for block in range(self._plan.num_blocks)
+            if len(ranks := self._plan.student_ranks(block)) > 1 and has_norms(students[block])
+        }
+        self._meetings = shared
+        groups = transport.layer_groups(shared.values())
+        blocks = [(students[block], groups[ranks]) for block, ranks in shared.items() if block in self._learned]
         self._norms = SynchronisedNorms(self._module.student, blocks)
 
     # Data.
@@ -304,9 +311,9 @@ class TrainingSession(FitSession):
         return self._executor.run(self._programs[key], self.num_steps, boundaries)
 
     def _check_rows(self, num_rows: int) -> None:
-        if self._norms is None:
+        if not self._meetings:
             return
-        for block in range(self._plan.num_blocks):
+        for block in self._meetings:
             rows = self._plan.student_rows(block, num_rows)
             if any(part.is_empty for part in rows.values()):
                 # All ranks raise alike; a rank without rows would leave the others waiting in the layer.
@@ -315,3 +322,11 @@ class TrainingSession(FitSession):
                     f"synchronised, but a batch has {num_rows} rows for {len(rows)} ranks. Set `drop_last=True`."
                 )
                 raise ValueError(msg)
+        programs = compile_programs(self._plan, num_rows, target_blocks=self._module.target_blocks)
+        if (missed := find_missed_meeting(programs, self._meetings)) is not None:
+            rank, action = missed
+            raise ValueError(
+                "`sync_batchnorm` must have the ranks that share a block learn it at the same time, but with this plan "
+                f"and {num_rows} rows rank {rank} would wait for ever at {action}. Give each block with BatchNorm to "
+                "one rank, or use a plan whose rows do not come round by other ranks."
+            )

@@ -119,7 +119,8 @@ class SessionChoice(NamedTuple):
             edges = pipeline_edges(
                 way.plan, has_momentum=module.momentum is not None, is_full_batch=module.full_batch_loss
             )
-            transport.connect(edges, sharing_groups(way.plan))
+            transport.keep_only(edges, groups := sharing_groups(way.plan))
+            transport.connect(edges, groups)
             pipeline = PipelineSession(
                 module,
                 way.plan,
@@ -149,7 +150,10 @@ class SessionChoice(NamedTuple):
     ) -> SessionChoice:
         """**Collective** over all ranks: connect the ranks for a plan of blocks, and put the blocks in their places."""
         groups = [found.plan.student_ranks(block) for block in range(found.plan.num_blocks)]
-        transport.connect(plan_edges(found.plan, module.target_blocks), groups)
+        edges = plan_edges(found.plan, module.target_blocks)
+        # What links were measured with, and other plans tried, goes first: it holds memory.
+        transport.keep_only(edges, groups)
+        transport.connect(edges, groups)
         session = session_kind(found.plan, module)(
             module, found.plan, transport, strategy, max_in_flight=max_in_flight, time_limits=time_limits
         )

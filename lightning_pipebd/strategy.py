@@ -75,7 +75,8 @@ class PipeBDStrategy(Replanning):
         schedule: Order of a TeacherStudentModule's work: ``"1f1b"``, ``"gpipe"`` or ``"teacher-first"``; ``None``
             chooses it with the plan, and is ``"1f1b"`` for a given one.
         split_backward: Whether a TeacherStudentModule's gradients of weights may wait for a gap.
-        process_group_backend: Backend of the default process group; ``None`` takes NCCL on GPUs and gloo elsewhere.
+        process_group_backend: Backend of the default process group; ``None`` takes NCCL if each process has a GPU of
+            its own, and gloo elsewhere. With gloo, what ranks exchange goes through host memory.
         timeout: Time after which a collective operation (validation, checkpoint, a shared block's reduction) fails,
             and after which hooks, evaluation and saving count as stalled.
         stall_timeout: Time without progress in training after which a rank counts as stalled and the run ends with a

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from subprocess import Popen
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LAUNCHER",
     "ProcessGroupStrategy",
+    "choose_backend",
     "launched_processes",
 ]
 
@@ -73,7 +74,7 @@ class ProcessGroupStrategy(ParallelStrategy):
     What :class:`~lightning.pytorch.strategies.DDPStrategy` does for processes, less what it does to models.
 
     Args:
-        process_group_backend: Backend of the default group; ``None`` takes NCCL on GPUs and gloo elsewhere.
+        process_group_backend: Backend of the default group; ``None`` takes NCCL if each process has a GPU of its own.
         timeout: Time after which a collective operation fails.
         kwargs: See :class:`~lightning.pytorch.strategies.ParallelStrategy`.
 
@@ -124,7 +125,7 @@ class ProcessGroupStrategy(ParallelStrategy):
         super().setup_environment()
         self.set_world_ranks()
         assert self.cluster_environment is not None
-        backend = self._process_group_backend or _get_default_process_group_backend_for_device(self.root_device)
+        backend = choose_backend(self._process_group_backend, self.parallel_devices or [self.root_device])
         options: dict[str, Any] = {"timeout": self._timeout}
         options["device_id"] = None if self.root_device.type == "cpu" or backend == "gloo" else self.root_device
         if (address := agent_address()) is not None:
@@ -162,6 +163,33 @@ class ProcessGroupStrategy(ParallelStrategy):
     def layer_sync(self) -> bool:
         """Whether the user asked for ``Trainer(sync_batchnorm=True)``."""
         return self._layer_sync is not None
+
+
+def choose_backend(given: str | None, devices: Sequence[torch.device]) -> str:
+    """Give the backend of the default process group.
+
+    Args:
+        given: What the user asked for.
+        devices: Of the processes of this node.
+
+    Raises:
+        ValueError: NCCL was asked for, but processes share a GPU.
+
+    Example:
+        >>> choose_backend(None, [torch.device("cuda", 0), torch.device("cuda", 1)])
+        'nccl'
+        >>> choose_backend(None, [torch.device("cuda", 0), torch.device("cuda", 0)])
+        'gloo'
+    """
+    shares_gpu = devices[0].type == "cuda" and len(set(devices)) < len(devices)
+    if given is None:
+        return "gloo" if shares_gpu else _get_default_process_group_backend_for_device(devices[0])
+    if shares_gpu and "nccl" in given:
+        raise ValueError(
+            f"`process_group_backend` must be 'gloo' where processes share a GPU, which NCCL refuses, but is {given!r} "
+            f"for the devices {', '.join(map(str, devices))}. Leave it out, or give each process a GPU of its own."
+        )
+    return given
 
 
 def launched_processes(strategy: ProcessGroupStrategy) -> list[Popen[bytes]]:

@@ -8,7 +8,12 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["SynchronisedNorms"]
+__all__ = ["SynchronisedNorms", "has_norms"]
+
+
+def has_norms(block: nn.Module) -> bool:
+    """Tell whether a block has layers whose batch statistics can be synchronised."""
+    return any(map(_can_be_synchronised, block.modules()))
 
 
 class SynchronisedNorms:
@@ -24,11 +29,7 @@ class SynchronisedNorms:
     def __init__(self, model: nn.Module, blocks: Sequence[tuple[nn.Module, Any]]) -> None:
         self._replaced: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
         for block, group in blocks:
-            chosen = {
-                id(module)
-                for module in block.modules()
-                if isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)
-            }
+            chosen = {id(module) for module in block.modules() if _can_be_synchronised(module)}
             for parent in list(model.modules()):
                 for name, child in list(parent.named_children()):
                     if id(child) in chosen:
@@ -45,3 +46,7 @@ class SynchronisedNorms:
             ordinary.train(synchronised.training)
             setattr(parent, name, ordinary)
         self._replaced.clear()
+
+
+def _can_be_synchronised(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and not isinstance(module, nn.SyncBatchNorm)

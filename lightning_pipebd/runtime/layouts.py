@@ -42,8 +42,8 @@ class TensorLayout(NamedTuple):
         return torch.Size(self.shape).numel()
 
     def new_flat(self, device: torch.device | None = None) -> Tensor:
-        """Give room for the values: one dimension, as :func:`flatten` gives them."""
-        return torch.empty(self.num_elements, dtype=self.dtype, device=device)
+        """Give room for the values, in host memory or on a device: one dimension, as :func:`flatten` gives them."""
+        return torch.empty(self.num_elements, dtype=self.dtype, device=device or "cpu")
 
     def restore(self, flat: Tensor) -> Tensor:
         """Give the tensor whose values lie in ``flat``, without a copy."""

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from enum import IntEnum
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_pipebd.runtime.departures import CudaSide, Departures, Side
 from lightning_pipebd.runtime.layouts import LayoutBook, TensorLayout, describe, flatten, flatten_tree, restore_tree
 from lightning_pipebd.runtime.neighbours import NUM_HEADER, Neighbours
+from lightning_pipebd.runtime.pending import Later, Pending, Reported, TransportError, Works
 
 __all__ = ["Lane", "Message", "Pending", "ProcessGroupTransport", "Transport", "TransportError"]
 
@@ -29,10 +31,6 @@ __all__ = ["Lane", "Message", "Pending", "ProcessGroupTransport", "Transport", "
 _PATIENCE = timedelta(days=30)
 _NUM_FIELDS = 4
 _NO_SLOT = -1
-
-
-class TransportError(RuntimeError):
-    """A message could not be delivered: a peer has ended, or the network has failed."""
 
 
 class Lane(IntEnum):
@@ -49,13 +47,6 @@ class Message(NamedTuple):
 
     fields: tuple[int, int, int, int]
     tree: Any = None
-
-
-class Pending(Protocol):
-    """Something under way."""
-
-    def wait(self) -> None:
-        """Return when it is done; raise :class:`TransportError` when it cannot be done any more."""
 
 
 class Transport(ABC):
@@ -103,55 +94,11 @@ class Transport(ABC):
         """**Collective** over all ranks: get every rank's value, in rank order. For small values."""
 
 
-class _Works:
-    """Works of one message; holds the tensors, which the sender must not free before they have left."""
-
-    def __init__(self, works: list[Any], tensors: list[Tensor], subject: str) -> None:
-        self._works = works
-        self._tensors = tensors
-        self._subject = subject
-
-    def wait(self) -> None:
-        try:
-            with _Reported(self._subject):
-                for work in self._works:
-                    work.wait()
-        finally:
-            self._works, self._tensors = [], []
-
-
-class _Later:
-    """Something whose second half is done by whoever waits for it."""
-
-    def __init__(self, finish: Callable[[], None], subject: str) -> None:
-        self._finish: Callable[[], None] | None = finish
-        self._subject = subject
-
-    def wait(self) -> None:
-        finish, self._finish = self._finish, None
-        if finish is not None:
-            with _Reported(self._subject):
-                finish()
-
-
-class _Reported:
-    """Turns torch's plain errors, when an operation begins as well as while it is waited for, into ours."""
-
-    __slots__ = ("_subject",)
-
-    def __init__(self, subject: str) -> None:
-        self._subject = subject
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, (RuntimeError, OSError)):
-            raise TransportError(f"{self._subject} failed: {error}") from error
-
-
 class ProcessGroupTransport(Transport):
     """Messages over gloo; boundaries and sums by shared memory between ranks of one host, by NCCL between GPUs.
+
+    It is NCCL if that is the default group's backend for GPUs. Where ranks share a GPU, which NCCL refuses, or gloo was
+    asked for, everything goes through host memory.
 
     **Collective** over all ranks: the constructor creates process groups, and every rank must name the same ones. More
     can be added with :meth:`connect`.
@@ -162,7 +109,6 @@ class ProcessGroupTransport(Transport):
             never queues behind a send.
         groups: Sets of ranks that will reduce together.
         timeout: Time after which a collective fails. A message may be waited for as long as its sender lives.
-        share_device: Whether some ranks compute on one GPU; NCCL refuses that, and messages go through host memory.
         shares_memory: Whether boundaries, and sums of host memory, pass through memory that ranks of one host share,
             where that can be; by gloo otherwise.
 
@@ -177,7 +123,6 @@ class ProcessGroupTransport(Transport):
         edges: Sequence[tuple[int, int]] = (),
         groups: Sequence[tuple[int, ...]] = (),
         timeout: timedelta = timedelta(minutes=30),
-        share_device: bool = False,
         shares_memory: bool = True,
     ) -> None:
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
@@ -185,7 +130,7 @@ class ProcessGroupTransport(Transport):
         self.has_failed = False
         self._device = device
         self._timeout = timeout
-        self._use_nccl = device.type == "cuda" and not share_device
+        self._use_nccl = device.type == "cuda" and "nccl" in dist.get_backend()
         everyone = list(range(self.num_ranks))
         self._control: Any = dist.new_group(everyone, timeout=timeout, backend="gloo")
         # Each group has a thread that wakes a hundred times a second; a rank alone has nobody to send to.
@@ -194,9 +139,11 @@ class ProcessGroupTransport(Transport):
             self._messages = dist.new_group(everyone, timeout=_PATIENCE, backend="gloo")
         self._edges: dict[tuple[int, int], Any] = {}
         self._groups: dict[tuple[int, ...], Any] = {}
+        self._layer_groups: dict[tuple[int, ...], Any] = {}
         self._sent: dict[tuple[int, Lane], LayoutBook] = {}
         self._received: dict[tuple[int, Lane], LayoutBook] = {}
-        self._streams: dict[int, torch.cuda.Stream] = {}
+        self._side: Side = CudaSide(device)
+        self._departures: dict[int, Departures] = {}
         self._neighbours = Neighbours(self.rank, self.all_gather_object, timeout)
         self._shares_memory = shares_memory and not self._use_nccl
         self._connected: set[tuple[int, int]] = set()
@@ -212,14 +159,43 @@ class ProcessGroupTransport(Transport):
         new = sorted(set(edges) - self._connected)
         self._connected.update(new)
         if self._use_nccl:
-            self._edges |= {edge: dist.new_group(sorted(edge), backend="nccl") for edge in new}
+            self._edges |= {edge: dist.new_group(sorted(edge), timeout=_PATIENCE, backend="nccl") for edge in new}
         unique = {tuple(sorted(group)) for group in groups if len(group) > 1}
         new_groups = sorted(unique - self._groups.keys())
         if self._shares_memory and (new or new_groups):
             self._neighbours.connect(new, new_groups if self._device.type == "cpu" else [])
-        backend = "nccl" if self._use_nccl else "gloo"
         for group in new_groups:
-            self._groups[group] = dist.new_group(list(group), timeout=self._timeout, backend=backend)
+            self._groups[group] = self._new_group(group)
+
+    def keep_only(self, edges: Iterable[tuple[int, int]], groups: Iterable[tuple[int, ...]]) -> None:
+        """**Collective** over all ranks: end the NCCL groups that are not named, each of which holds a GPU's memory.
+
+        Nothing may be under way in them. What :meth:`connect` names later is made anew.
+        """
+        wanted = {tuple(sorted(group)) for group in groups}
+        old_edges, old_groups = sorted(self._edges.keys() - set(edges)), sorted(self._groups.keys() - wanted)
+        if not self._use_nccl or not (old_edges or old_groups):
+            return
+        torch.cuda.synchronize(self._device)
+        self.all_gather_object(None)
+        # In one order on all ranks: to end a group may be to wait for its other ranks.
+        ending = [self._edges.pop(edge) for edge in old_edges] + [self._groups.pop(group) for group in old_groups]
+        self._connected.difference_update(old_edges)
+        for group in ending:
+            dist.destroy_process_group(group)
+
+    def layer_groups(self, groups: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], Any]:
+        """**Collective** over all ranks: give torch's groups for layers that exchange statistics by themselves.
+
+        Sums of gradients begin between the exchanges of layers, on each rank at another place: one group for both
+        would have ranks that wait for each other, or take the one for the other.
+        """
+        for group in sorted(set(groups) - self._layer_groups.keys()):
+            self._layer_groups[group] = self._new_group(group)
+        return self._layer_groups
+
+    def _new_group(self, ranks: tuple[int, ...]) -> Any:
+        return dist.new_group(list(ranks), timeout=self._timeout, backend="nccl" if self._use_nccl else "gloo")
 
     @override
     def send(self, message: Message, peer: int, lane: Lane) -> Pending:
@@ -238,27 +214,39 @@ class ProcessGroupTransport(Transport):
         header = [*message.fields, number, len(layout), slot, slot_bytes]
         if link is not None:
             subject = f"sending from rank {self.rank} to rank {peer}"
-            with _Reported(subject):
-                return _Later(partial(link.wait, link.send(header, layout)), subject)
+            with Reported(subject):
+                return Later(partial(link.wait, link.send(header, layout)), subject)
         blob = [torch.frombuffer(bytearray(layout), dtype=torch.uint8)] if layout else []
-        return self._send_tensors([torch.tensor(header, dtype=torch.int64), *blob, *flats], peer, lane)
+        # Its place is said, because a user may have set another one for new tensors.
+        tensors = [torch.tensor(header, dtype=torch.int64, device="cpu"), *blob, *flats]
+        edge = self._edges.get((self.rank, peer)) if lane is Lane.RELAY else None
+        return self._send_tensors(tensors, peer, lane) if edge is None else self._depart(tensors, peer, edge)
 
     def _send_tensors(self, tensors: list[Tensor], peer: int, lane: Lane) -> Pending:
         subject = f"sending from rank {self.rank} to rank {peer}"
         works = []
-        with _Reported(subject):
+        with Reported(subject):
             for index, tensor in enumerate(tensors):
-                edge = self._edges.get((self.rank, peer)) if tensor.is_cuda and lane is Lane.RELAY else None
-                if edge is None:
-                    tensors[index] = tensor = tensor.cpu()
-                    works.append(dist.isend(tensor, peer, group=self._messages, tag=int(lane)))
-                else:
-                    works.append(dist.isend(tensor, peer, group=edge))
-        return _Works(works, tensors, subject)
+                tensors[index] = tensor = tensor.cpu()
+                works.append(dist.isend(tensor, peer, group=self._messages, tag=int(lane)))
+        return Works(works, tensors, subject)
+
+    def _depart(self, tensors: list[Tensor], peer: int, edge: Any) -> Pending:
+        if peer not in self._departures:
+            self._departures[peer] = Departures(self._side, (self.rank, peer))
+        # As bytes: NCCL knows few element types.
+        parts = [
+            partial(dist.isend, tensor.view(torch.uint8), peer, group=edge)
+            if tensor.is_cuda
+            else partial(dist.isend, tensor, peer, group=self._messages, tag=int(Lane.RELAY))
+            for tensor in tensors
+        ]
+        departure = self._departures[peer].post(parts)
+        return Later(departure.wait, f"sending from rank {self.rank} to rank {peer}")
 
     @override
     def recv(self, peer: int, lane: Lane) -> Message:
-        with _Reported(f"receiving on rank {self.rank} from rank {peer}"):
+        with Reported(f"receiving on rank {self.rank} from rank {peer}"):
             return self._recv(peer, lane)
 
     def _recv(self, peer: int, lane: Lane) -> Message:
@@ -266,8 +254,8 @@ class ProcessGroupTransport(Transport):
         if link is not None:
             header, blob = link.receive(_blob_bytes)
         else:
-            header = self._recv_host(torch.empty(NUM_HEADER, dtype=torch.int64), peer, lane).tolist()
-            room = torch.empty(_blob_bytes(header), dtype=torch.uint8)
+            header = self._recv_host(torch.empty(NUM_HEADER, dtype=torch.int64, device="cpu"), peer, lane).tolist()
+            room = torch.empty(_blob_bytes(header), dtype=torch.uint8, device="cpu")
             blob = self._recv_host(room, peer, lane).numpy().tobytes() if len(room) else b""
         step, index, start, stop, number, _, slot, slot_bytes = header
         book = self._received.setdefault((peer, lane), LayoutBook())
@@ -313,16 +301,13 @@ class ProcessGroupTransport(Transport):
         return tensor
 
     def _recv_cuda(self, leaf: TensorLayout, peer: int, edge: Any) -> Tensor:
-        # A stream of the receiving thread: the copy overlaps with the computation of the main thread, which is
-        # protected by the synchronisation below, not by stream order.
-        stream = self._streams.setdefault(peer, torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        # Beside the computation of the main thread, which needs no order of streams: the tensor is there on leaving.
+        with self._side.way((peer, self.rank)):
             tensor = leaf.new_flat(self._device)
-            work = dist.irecv(tensor, peer, group=edge)
+            work = dist.irecv(tensor.view(torch.uint8), peer, group=edge)
             assert work is not None
             work.wait()
-            stream.synchronize()
-        tensor.record_stream(torch.cuda.default_stream(self._device))
+        self._side.hand_over(tensor)
         return tensor
 
     @override
@@ -330,23 +315,19 @@ class ProcessGroupTransport(Transport):
         subject = f"reducing over ranks {ranks}"
         tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
         summation = self._neighbours.summations.get(ranks)
-        with _Reported(subject):
+        with Reported(subject):
             if not tensors:
-                return _Later(_done, subject)
+                return Later(_done, subject)
             if summation is not None:
-                return _Later(partial(summation.finish, summation.begin(tensors), tensors), subject)
+                return Later(partial(summation.finish, summation.begin(tensors), tensors), subject)
             flat = torch.cat([tensor.reshape(-1) for tensor in tensors]) if len(tensors) > 1 else tensors[0]
             work = dist.all_reduce(flat, group=self._groups[ranks], async_op=True)
-        return _Later(partial(_finish_sum, work, flat, tensors), subject)
-
-    def process_group(self, ranks: tuple[int, ...]) -> Any:
-        """Give torch's group of some ranks that reduce together, for layers that exchange statistics by themselves."""
-        return self._groups[ranks]
+        return Later(partial(_finish_sum, work, flat, tensors), subject)
 
     @override
     def broadcast(self, tensor: Tensor, source: int) -> None:
         host = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
-        with self.meeting(), _Reported(f"broadcasting from rank {source}"):
+        with self.meeting(), Reported(f"broadcasting from rank {source}"):
             # As bytes: gloo has collectives for few element types.
             dist.broadcast(host.reshape(-1).view(torch.uint8), source, group=self._control)
         if self.rank != source and host.data_ptr() != tensor.data_ptr():
@@ -355,7 +336,7 @@ class ProcessGroupTransport(Transport):
     @override
     def all_gather_object(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.num_ranks
-        with self.meeting(), _Reported(f"gathering on rank {self.rank}"):
+        with self.meeting(), Reported(f"gathering on rank {self.rank}"):
             dist.all_gather_object(values, value, group=self._control)
         return values
 

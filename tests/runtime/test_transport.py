@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import pickle
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ import torch.distributed
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_pipebd.runtime import transport as transport_module
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from lightning_pipebd.runtime.transport import Lane, Message, Pending, ProcessGroupTransport, Transport
 from tests.helpers.ranks import RankError, run_processes, run_threads
@@ -243,10 +246,83 @@ def over_shared_memory(function: Scenario) -> list[Any]:
     return run_processes(NUM_RANKS, call_in_process, function, True)
 
 
+class GpuTensor(Tensor):
+    """Says that it is on a GPU, so that its bytes take an edge's own group."""
+
+    is_cuda = True
+
+
+class HostSide:
+    """A device that has done everything when it is asked."""
+
+    def __init__(self) -> None:
+        self.num_handed_over = 0
+
+    def mark(self) -> HostSide:
+        return self
+
+    def synchronize(self) -> None:
+        pass
+
+    @contextmanager
+    def way(self, ranks: tuple[int, int]) -> Iterator[None]:
+        yield
+
+    def hand_over(self, tensor: Tensor) -> None:
+        self.num_handed_over += 1
+
+
+def make_gpu_tree() -> Any:
+    """What a boundary on a GPU may be made of, among it types that NCCL has no name for."""
+    values = torch.arange(6).reshape(2, 3)
+    dtypes = (torch.float32, torch.int16, torch.bool, torch.complex64)
+    leaves = [values.to(dtype).as_subclass(GpuTensor) for dtype in dtypes]
+    return {"gpu": leaves, "view": leaves[0].t(), "empty": leaves[0][:0], "host": values, "text": "a"}
+
+
+def send_by_edges(transport: Transport) -> Any:
+    """Rank 1 gets boundaries of rank 0, while new tensors are made elsewhere than in host memory."""
+    if transport.rank == 0:
+        with torch.device("meta"):
+            pending = [
+                transport.send(Message((index, 0, 0, 0), make_tree_of(index)), 1, Lane.RELAY) for index in (0, 1)
+            ]
+        wait_all(pending)
+    if transport.rank != 1:
+        return None
+    with torch.device("meta"):
+        received = [transport.recv(0, Lane.RELAY) for _ in range(2)]
+    assert isinstance(transport, ProcessGroupTransport)
+    assert isinstance(transport._side, HostSide)
+    return [(message.fields[0], values_of(message.tree)) for message in received], transport._side.num_handed_over
+
+
+def make_tree_of(index: int) -> Any:
+    with torch.device("cpu"):
+        return make_gpu_tree() if index else None
+
+
+def call_with_edges(rank: int) -> dict[str, Any]:
+    torch.distributed.init_process_group("gloo")
+    transport = ProcessGroupTransport(torch.device("cpu"), groups=GROUPS, shares_memory=False)
+    # As between GPUs, where these groups are NCCL's.
+    transport._edges = {edge: torch.distributed.new_group(sorted(edge), backend="gloo") for edge in EDGES}
+    transport._side = HostSide()
+    return run_scenarios(transport) | {"send_by_edges": send_by_edges(transport)}
+
+
+def over_edges(function: Scenario) -> list[Any]:
+    assert function is run_scenarios
+    return run_processes(NUM_RANKS, call_with_edges)
+
+
 @pytest.fixture(
     scope="class",
-    params=[over_threads, *(pytest.param(over, marks=pytest.mark.spawn) for over in (over_gloo, over_shared_memory))],
-    ids=["threads", "gloo", "shared memory"],
+    params=[
+        over_threads,
+        *(pytest.param(over, marks=pytest.mark.spawn) for over in (over_gloo, over_shared_memory, over_edges)),
+    ],
+    ids=["threads", "gloo", "shared memory", "edges"],
 )
 def seen(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
     """What each rank saw in each scenario."""
@@ -312,6 +388,85 @@ class TestTransport:
 
     def test_gather_gives_every_rank_values_of_its_own_in_rank_order(self, seen: Seen) -> None:
         assert seen["gather_values"] == [[(0, 1.0), (1, 1.0), (2, 1.0)]] * NUM_RANKS
+
+    def test_tensors_of_a_gpu_take_the_edges_group_whatever_their_type(self, seen: Seen) -> None:
+        if "send_by_edges" not in seen:
+            pytest.skip("these ranks have no GPUs")
+        messages, num_handed_over = seen["send_by_edges"][1]
+        assert messages == [(0, None), (1, values_of(make_gpu_tree()))]
+        assert num_handed_over == 5
+
+
+class FakeGroups:
+    """Stands for torch.distributed on three ranks, and remembers the groups."""
+
+    def __init__(self, backend: str) -> None:
+        self.group = torch.distributed.group
+        self.made: list[tuple[tuple[int, ...], str, timedelta]] = []
+        self.ended: list[tuple[int, ...]] = []
+        self._backend = backend
+
+    def get_rank(self) -> int:
+        return 0
+
+    def get_world_size(self) -> int:
+        return NUM_RANKS
+
+    def get_backend(self) -> str:
+        return self._backend
+
+    def new_group(self, ranks: list[int], *, timeout: timedelta, backend: str) -> Any:
+        self.made.append((tuple(ranks), backend, timeout))
+        return len(self.made), tuple(ranks)
+
+    def destroy_process_group(self, group: Any) -> None:
+        self.ended.append(group[1])
+
+    def all_gather_object(self, values: list[Any], value: Any, *, group: Any) -> None:
+        values[:] = [value] * len(values)
+
+
+TIMEOUT = timedelta(minutes=3)
+
+
+class TestGroups:
+    @pytest.fixture
+    def groups(self, monkeypatch: pytest.MonkeyPatch) -> FakeGroups:
+        fake = FakeGroups("cpu:gloo,cuda:nccl")
+        monkeypatch.setattr(transport_module, "dist", fake)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        return fake
+
+    def connect(self, **options: Any) -> ProcessGroupTransport:
+        return ProcessGroupTransport(torch.device("cuda", 0), timeout=TIMEOUT, **options)
+
+    def test_edges_of_gpus_wait_as_long_as_messages_and_sums_as_long_as_collectives(self, groups: FakeGroups) -> None:
+        self.connect(edges=[(1, 0)], groups=[(0, 1)])
+        (_, patience), *others = [(backend, timeout) for _, backend, timeout in groups.made[1:]]
+        assert others == [("nccl", patience), ("nccl", TIMEOUT)]
+        assert patience >= timedelta(days=1)
+
+    def test_gpus_send_by_nccl_only_if_the_processes_have_met_by_nccl(self, groups: FakeGroups) -> None:
+        groups._backend = "gloo"
+        self.connect(groups=[(0, 1)], shares_memory=False)
+        assert {backend for _, backend, _ in groups.made} == {"gloo"}
+
+    def test_layers_exchange_statistics_in_groups_of_their_own_made_once(self, groups: FakeGroups) -> None:
+        transport = self.connect(groups=[(0, 1), (0, 2)])
+        found = dict(transport.layer_groups([(0, 1), (0, 1)]))
+        assert transport.layer_groups([(0, 1)]) == found
+        assert not set(found.values()) & set(transport._groups.values())
+        assert [made for made in groups.made if made[0] == (0, 1)] == [((0, 1), "nccl", TIMEOUT)] * 2
+
+    def test_groups_that_no_plan_needs_are_ended_in_one_order_and_can_be_made_anew(self, groups: FakeGroups) -> None:
+        transport = self.connect(edges=[(2, 0), (0, 1), (1, 2)], groups=[(1, 2), (0, 1), (0, 1, 2)])
+        transport.keep_only([(0, 1)], [(1, 0)])
+        assert groups.ended == [(1, 2), (0, 2), (0, 1, 2), (1, 2)]
+        num_made = len(groups.made)
+        transport.keep_only([(0, 1)], [(0, 1)])
+        assert len(groups.ended) == 4
+        transport.connect([(0, 1), (1, 2)], [(0, 1), (1, 2)])
+        assert [ranks for ranks, _, _ in groups.made[num_made:]] == [(1, 2), (1, 2)]
 
 
 def error_of(call: Callable[[], object]) -> str:
