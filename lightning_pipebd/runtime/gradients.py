@@ -69,7 +69,7 @@ class GradientReducer:
     def _start_sum(self, parameters: list[nn.Parameter], ranks: tuple[int, ...]) -> _Sum:
         gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
         # The presence of each gradient travels behind them: a rank without rows has none, and zeros are not none.
-        presence = gradients[0].new_tensor([each.grad is not None for each in parameters])
+        presence = _flags([each.grad is not None for each in parameters], gradients[0])
         return _Sum(self._transport.all_reduce([*gradients, presence], ranks), parameters, gradients, presence)
 
     def finish(self) -> None:
@@ -79,6 +79,8 @@ class GradientReducer:
         """
         for each in self._under_way:
             each.pending.wait()
+            if all(parameter.grad is not None for parameter in each.parameters):
+                continue  # reading the presence would wait for the device
             for parameter, gradient, ranks_with in zip(
                 each.parameters, each.gradients, each.presence.tolist(), strict=True
             ):
@@ -94,6 +96,16 @@ class _Sum(NamedTuple):
     parameters: list[nn.Parameter]
     gradients: list[Tensor]
     presence: Tensor
+
+
+def _flags(values: Sequence[bool], like: Tensor) -> Tensor:
+    """Give truth values as numbers beside a tensor, without waiting for its device."""
+    if all(values):
+        return like.new_ones(len(values))
+    if like.is_cuda:
+        pinned = torch.tensor(values, dtype=like.dtype, device="cpu").pin_memory()
+        return pinned.to(like.device, non_blocking=True)
+    return like.new_tensor(values)
 
 
 def clip_norm_over_ranks(

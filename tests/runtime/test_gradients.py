@@ -51,6 +51,12 @@ def reduce(make: Callable[[int], list[nn.Parameter]], num_ranks: int = 2) -> lis
 
 
 class TestReducer:
+    def test_ranks_that_have_all_gradients_do_not_ask_who_has_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # On a GPU the answer would be waited for.
+        monkeypatch.setattr(Tensor, "tolist", lambda self: pytest.fail("the device is waited for"))
+        seen = reduce(lambda rank: make_parameters(torch.ones(3), torch.ones(3)))
+        assert all(torch.equal(gradient, torch.full((3,), 2.0)) for gradients in seen for gradient in gradients)
+
     def test_gradients_are_summed_over_the_ranks(self) -> None:
         seen = reduce(lambda rank: make_parameters(torch.full((3,), rank + 1.0), torch.full((3,), 10.0 * rank)), 3)
         assert [[gradient.tolist() for gradient in gradients] for gradients in seen] == [[[6.0] * 3, [30.0] * 3]] * 3
