@@ -164,8 +164,16 @@ class ProcessGroupTransport(Transport):
         new_groups = sorted(unique - self._groups.keys())
         if self._shares_memory and (new or new_groups):
             self._neighbours.connect(new, new_groups if self._device.type == "cpu" else [])
+        by_neighbours = self._summed_by_neighbours(new_groups)
         for group in new_groups:
-            self._groups[group] = self._new_group(group)
+            self._groups[group] = None if group in by_neighbours else self._new_group(group)
+
+    def _summed_by_neighbours(self, groups: Sequence[tuple[int, ...]]) -> set[tuple[int, ...]]:
+        """**Collective** over all ranks: find the groups that need none of torch's, which would have a thread each."""
+        if not (self._shares_memory and groups):
+            return set()
+        own = [group for group in groups if group in self._neighbours.summations]
+        return {group for theirs in self.all_gather_object(own) for group in theirs}
 
     def keep_only(self, edges: Iterable[tuple[int, int]], groups: Iterable[tuple[int, ...]]) -> None:
         """**Collective** over all ranks: end the NCCL groups that are not named, each of which holds a GPU's memory.

@@ -203,7 +203,15 @@ def send_equals(transport: Transport) -> list[str]:
     return [repr(transport.recv(0, Lane.RELAY).tree) for _ in trees] if transport.rank == 1 else []
 
 
+def count_sum_groups(transport: Transport) -> tuple[bool, int]:
+    """Whether sums pass through shared memory, and how many groups of torch's there are for them."""
+    if not isinstance(transport, ProcessGroupTransport):
+        return True, 0
+    return transport._shares_memory, sum(group is not None for group in transport._groups.values())
+
+
 SCENARIOS: list[Scenario] = [
+    count_sum_groups,
     send_in_order,
     receive_lanes_backwards,
     receive_peers_backwards,
@@ -378,6 +386,10 @@ class TestTransport:
         pair = [(torch.float64, (2,), [4.0] * 2), (torch.complex64, (2,), [4.0] * 2), everyone]
         alone = [(torch.float64, (2,), [2.0] * 2), (torch.complex64, (2,), [2.0] * 2), everyone]
         assert seen["reduce_in_groups"] == [pair, alone, pair]
+
+    def test_sums_through_shared_memory_need_no_groups_of_torch(self, seen: Seen) -> None:
+        shares_memory, num_groups = seen["count_sum_groups"][0]
+        assert num_groups == (0 if shares_memory else len(GROUPS))
 
     def test_broadcast_overwrites_tensors_of_any_type_with_the_sources(self, seen: Seen) -> None:
         expected = [values_of(leaf) for leaf in pytree.tree_leaves(make_tree()) if isinstance(leaf, Tensor)]
