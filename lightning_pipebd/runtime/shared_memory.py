@@ -22,7 +22,16 @@ from torch import Tensor
 
 from lightning_pipebd.runtime.layouts import TensorLayout
 
-__all__ = ["MOST_READERS", "Passport", "SlotReader", "SlotWriter", "issue_passport", "open_file"]
+__all__ = [
+    "MOST_READERS",
+    "Passport",
+    "SlotReader",
+    "SlotWriter",
+    "issue_passport",
+    "lay_out",
+    "open_file",
+    "slot_size",
+]
 
 # A slot begins with one byte for each reader, which tells whether that reader still uses it; tensors start at multiples
 # of a cache line.
@@ -96,7 +105,7 @@ class SlotWriter:
         Args:
             flats: Tensors of one dimension, in host memory or on a device.
         """
-        offsets, end = _offsets([flat.numel() * flat.element_size() for flat in flats])
+        offsets, end = lay_out([flat.numel() * flat.element_size() for flat in flats])
         number, memory = self._take_slot(end)
         for flat, offset in zip(flats, offsets, strict=True):
             torch.frombuffer(memory, dtype=flat.dtype, count=flat.numel(), offset=offset).copy_(flat)
@@ -116,17 +125,24 @@ class SlotWriter:
         return number, memory
 
     def _free_slot(self, num_bytes: int) -> tuple[int, mmap.mmap]:
-        fitting = [(len(memory), number) for number, memory in self._slots.items() if len(memory) >= num_bytes]
+        fitting = [
+            (len(memory), number) for number, memory in self._slots.items() if self._fits(len(memory), num_bytes)
+        ]
         for _, number in sorted(fitting):
-            if self._slots[number][: len(self._nobody)] == self._nobody:
+            if self._is_free(number):
                 return number, self._slots[number]
-        # Powers of two: batches of changing size share slots. Pages that are never touched take no memory.
-        size = max(_SMALLEST_SLOT, 1 << (num_bytes - 1).bit_length())
+        size = slot_size(num_bytes)
         number = os.memfd_create("pipebd-slot")
         weakref.finalize(self, os.close, number).atexit = False
         os.ftruncate(number, size)
         self._slots[number] = mmap.mmap(number, size)
         return number, self._slots[number]
+
+    def _is_free(self, number: int) -> bool:
+        return self._slots[number][: len(self._nobody)] == self._nobody
+
+    def _fits(self, size: int, num_bytes: int) -> bool:
+        return size >= num_bytes
 
 
 class SlotReader:
@@ -148,35 +164,56 @@ class SlotReader:
         Raises:
             OSError: The sender has ended.
         """
+        memory = self._map(number, size)
+        # An object of its own for each message: tensors refer to it, so that its end is the end of the last of them.
+        lease = (ctypes.c_char * size).from_buffer(memory)
+        weakref.finalize(lease, _release, memory, self._place, os.getpid()).atexit = False
+        offsets, _ = lay_out([layout.num_elements * layout.dtype.itemsize for layout in layouts])
+        return [
+            layout.restore(torch.frombuffer(lease, dtype=layout.dtype, count=layout.num_elements, offset=offset))
+            for layout, offset in zip(layouts, offsets, strict=True)
+        ]
+
+    def _map(self, number: int, size: int) -> mmap.mmap:
         if number not in self._slots:
             file = open_file(self._pid, number, os.O_RDWR)
             try:
                 self._slots[number] = mmap.mmap(file, size)
             finally:
                 os.close(file)
-        memory = self._slots[number]
-        # An object of its own for each message: tensors refer to it, so that its end is the end of the last of them.
-        lease = (ctypes.c_char * size).from_buffer(memory)
-        weakref.finalize(lease, _release, memory, self._place, os.getpid()).atexit = False
-        offsets, _ = _offsets([layout.num_elements * layout.dtype.itemsize for layout in layouts])
-        return [
-            layout.restore(torch.frombuffer(lease, dtype=layout.dtype, count=layout.num_elements, offset=offset))
-            for layout, offset in zip(layouts, offsets, strict=True)
-        ]
+        return self._slots[number]
+
+
+def slot_size(num_bytes: int) -> int:
+    """Give the size of a new slot: a power of two, so that batches of changing size share slots.
+
+    Pages that are never touched take no memory.
+
+    Example:
+        >>> slot_size(1), slot_size(100_000)
+        (65536, 131072)
+    """
+    return max(_SMALLEST_SLOT, 1 << (num_bytes - 1).bit_length())
+
+
+def lay_out(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Give the places of tensors of these sizes in a slot, and the end of the last one.
+
+    Example:
+        >>> lay_out([4, 100])
+        ([64, 128], 256)
+    """
+    offsets, end = [], _LINE
+    for size in sizes:
+        offsets.append(end)
+        end += -(-size // _LINE) * _LINE
+    return offsets, end
 
 
 def _release(memory: mmap.mmap, place: int, owner: int) -> None:
     # A forked child (a loader's worker) has copies of the parent's objects; they do not count.
     if os.getpid() == owner:
         memory[place] = 0
-
-
-def _offsets(sizes: Sequence[int]) -> tuple[list[int], int]:
-    offsets, end = [], _LINE
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // _LINE) * _LINE
-    return offsets, end
 
 
 def _path(pid: int, file: int) -> str:
