@@ -1,9 +1,6 @@
-"""Neighbours: ranks of one host, who pass boundaries and sum gradients through shared memory.
+"""Neighbours: ranks of one host, who pass boundaries and sum gradients through memory that they share.
 
-::
-
-    sender -- record: fields, layout, slot --> receiver      a pipe; the tensors lie in the sender's slot
-    sender <------ one byte per message ------ receiver      a pipe; what was received, counted
+Boundaries pass along links: through host memory, or between ranks on one GPU through its memory. For sums::
 
     every rank of a group -- slot --> every other            a pipe per pair; each adds all parts by itself, in the
                                                              order of the ranks, so that all have the same sums
@@ -12,7 +9,6 @@
 from __future__ import annotations
 
 import struct
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -22,20 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_pipebd.runtime.device_links import DeviceLinkSender, edges_on_device
+from lightning_pipebd.runtime.device_slots import DeviceMemory, DeviceSlotReader
 from lightning_pipebd.runtime.layouts import TensorLayout
+from lightning_pipebd.runtime.links import LinkReceiver, LinkSender
 from lightning_pipebd.runtime.pipes import PipeReader, PipeWriter
 from lightning_pipebd.runtime.shared_memory import Passport, SlotReader, SlotWriter, issue_passport
 
-__all__ = ["NUM_HEADER", "LinkReceiver", "LinkSender", "Neighbours", "Summation"]
+__all__ = ["Neighbours", "Summation"]
 
-NUM_HEADER = 8
-"""Integers in front of a message."""
-
-_HEADER = struct.Struct(f"={NUM_HEADER}q")
 _SLOT = struct.Struct("=2q")
 # Each rank reads the parts of all: beyond this, passing on sums from rank to rank moves fewer bytes.
 _MOST_SUMMANDS = 8
-_MOST_ACKNOWLEDGEMENTS = 256
 
 
 class _Pipe(NamedTuple):
@@ -44,81 +38,6 @@ class _Pipe(NamedTuple):
     purpose: Any
     writer: int
     reader: int
-
-
-class LinkSender:
-    """The sending end of an edge between neighbours.
-
-    Args:
-        records: Pipe to the receiver.
-        acknowledgements: Pipe from the receiver.
-    """
-
-    def __init__(self, records: PipeWriter, acknowledgements: PipeReader) -> None:
-        self._slots = SlotWriter()
-        self._records = records
-        self._acknowledgements = acknowledgements
-        self._num_sent = self._num_received = 0
-        self._lock = threading.Lock()
-
-    def place(self, flats: Sequence[Tensor]) -> tuple[int, int]:
-        """Copy tensors of one dimension into a slot; give its number and size."""
-        return self._slots.write(flats)
-
-    def send(self, header: Sequence[int], blob: bytes) -> int:
-        """Tell the receiver; give the message's number."""
-        self._records.write(_HEADER.pack(*header) + blob)
-        self._num_sent += 1
-        return self._num_sent
-
-    def wait(self, number: int) -> None:
-        """Wait until a message was received.
-
-        Raises:
-            ConnectionError: The receiver has ended.
-        """
-        with self._lock:
-            while self._num_received < number:
-                self._num_received += len(self._acknowledgements.read_some(_MOST_ACKNOWLEDGEMENTS))
-
-
-class LinkReceiver:
-    """The receiving end of an edge between neighbours.
-
-    Args:
-        pid: Process of the sender.
-        records: Pipe from the sender.
-        acknowledgements: Pipe to the sender.
-    """
-
-    def __init__(self, pid: int, records: PipeReader, acknowledgements: PipeWriter) -> None:
-        self._slots = SlotReader(pid)
-        self._records = records
-        self._acknowledgements = acknowledgements
-
-    def receive(self, blob_bytes: Callable[[Sequence[int]], int]) -> tuple[Sequence[int], bytes]:
-        """Wait for the next message; give its header and the bytes that follow it. To be acknowledged.
-
-        Args:
-            blob_bytes: Tells from the header how many these are.
-
-        Raises:
-            ConnectionError: The sender has ended.
-        """
-        header = _HEADER.unpack(self._records.read(_HEADER.size))
-        return header, self._records.read(blob_bytes(header))
-
-    def tensors(self, slot: int, size: int, layouts: Sequence[TensorLayout]) -> list[Tensor]:
-        """Give the tensors of a slot."""
-        return self._slots.read(slot, size, layouts)
-
-    def acknowledge(self) -> None:
-        """Tell the sender that its message was received: from then on it may end.
-
-        Raises:
-            ConnectionError: The sender has ended.
-        """
-        self._acknowledgements.write(b"\0")
 
 
 class Summation:
@@ -200,6 +119,8 @@ class Neighbours:
         rank: This rank.
         gather: **Collective** over all ranks: gives every rank's value.
         timeout: How long the ranks of a sum may wait for each other.
+        memory: Memory of the device that this rank computes on, for edges to ranks on the same one; `None` for edges
+            through host memory alone.
 
     Attributes:
         senders: Per receiving neighbour, this rank's end of the edge.
@@ -207,10 +128,17 @@ class Neighbours:
         summations: Per group that consists of neighbours and has this rank in it.
     """
 
-    def __init__(self, rank: int, gather: Callable[[Any], list[Any]], timeout: timedelta) -> None:
+    def __init__(
+        self,
+        rank: int,
+        gather: Callable[[Any], list[Any]],
+        timeout: timedelta,
+        memory: DeviceMemory | None = None,
+    ) -> None:
         self._rank = rank
         self._gather = gather
         self._timeout = timeout
+        self._memory = memory
         self.senders: dict[int, LinkSender] = {}
         self.receivers: dict[int, LinkReceiver] = {}
         self.summations: dict[tuple[int, ...], Summation] = {}
@@ -232,8 +160,11 @@ class Neighbours:
         pipes = [_Pipe("records", *edge) for edge in edges] + [_Pipe("received", *reversed(edge)) for edge in edges]
         pipes += [_Pipe(group, *pair) for group in groups for pair in permutations(group, 2)]
         pids = [passport.pid for passport in passports]
+        on_device = edges_on_device(self._rank, edges, self._memory, self._gather)
         writers, readers = self._open(pipes, pids)
-        self._take(edges, groups, pids, writers, readers)
+        for edge in edges:
+            self._take_edge(edge, pids, writers, readers, self._memory if edge in on_device else None)
+        self._take_groups(groups, pids, writers, readers)
 
     def _readers_of(self, pairs: Iterable[tuple[int, int]]) -> set[int]:
         return {reader for writer, reader in pairs if writer == self._rank}
@@ -251,20 +182,32 @@ class Neighbours:
             writer.let_go()
         return writers, readers
 
-    def _take(
+    def _take_edge(
         self,
-        edges: Iterable[tuple[int, int]],
+        edge: tuple[int, int],
+        pids: Sequence[int],
+        writers: dict[_Pipe, PipeWriter],
+        readers: dict[_Pipe, PipeReader],
+        memory: DeviceMemory | None,
+    ) -> None:
+        records, received = _Pipe("records", *edge), _Pipe("received", *reversed(edge))
+        if records in writers:
+            ends = writers[records], readers[received]
+            self.senders[edge[1]] = (
+                LinkSender(*ends, SlotWriter()) if memory is None else DeviceLinkSender(*ends, memory)
+            )
+        if records in readers:
+            pid = pids[edge[0]]
+            slots = SlotReader(pid) if memory is None else DeviceSlotReader(pid, memory)
+            self.receivers[edge[0]] = LinkReceiver(readers[records], writers[received], slots)
+
+    def _take_groups(
+        self,
         groups: Iterable[tuple[int, ...]],
         pids: Sequence[int],
         writers: dict[_Pipe, PipeWriter],
         readers: dict[_Pipe, PipeReader],
     ) -> None:
-        for edge in edges:
-            records, received = _Pipe("records", *edge), _Pipe("received", *reversed(edge))
-            if records in writers:
-                self.senders[edge[1]] = LinkSender(writers[records], readers[received])
-            if records in readers:
-                self.receivers[edge[0]] = LinkReceiver(pids[edge[0]], readers[records], writers[received])
         for group in groups:
             if self._rank in group:
                 others = [rank for rank in group if rank != self._rank]

@@ -20,9 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_pipebd.runtime.cuda_memory import CudaMemory
 from lightning_pipebd.runtime.departures import CudaSide, Departures, Side
 from lightning_pipebd.runtime.layouts import LayoutBook, TensorLayout, describe, flatten, flatten_tree, restore_tree
-from lightning_pipebd.runtime.neighbours import NUM_HEADER, Neighbours
+from lightning_pipebd.runtime.links import NUM_HEADER
+from lightning_pipebd.runtime.neighbours import Neighbours
 from lightning_pipebd.runtime.pending import Later, Pending, Reported, TransportError, Works
 
 __all__ = ["Lane", "Message", "Pending", "ProcessGroupTransport", "Transport", "TransportError"]
@@ -97,8 +99,9 @@ class Transport(ABC):
 class ProcessGroupTransport(Transport):
     """Messages over gloo; boundaries and sums by shared memory between ranks of one host, by NCCL between GPUs.
 
-    It is NCCL if that is the default group's backend for GPUs. Where ranks share a GPU, which NCCL refuses, or gloo was
-    asked for, everything goes through host memory.
+    It is NCCL if that is the default group's backend for GPUs. Where ranks share a GPU, which NCCL refuses, boundaries
+    between those pass through its memory where that can be, and all else through host memory; so does everything where
+    gloo was asked for.
 
     **Collective** over all ranks: the constructor creates process groups, and every rank must name the same ones. More
     can be added with :meth:`connect`.
@@ -144,7 +147,8 @@ class ProcessGroupTransport(Transport):
         self._received: dict[tuple[int, Lane], LayoutBook] = {}
         self._side: Side = CudaSide(device)
         self._departures: dict[int, Departures] = {}
-        self._neighbours = Neighbours(self.rank, self.all_gather_object, timeout)
+        memory = CudaMemory(device) if device.type == "cuda" and not self._use_nccl else None
+        self._neighbours = Neighbours(self.rank, self.all_gather_object, timeout, memory)
         self._shares_memory = shares_memory and not self._use_nccl
         self._connected: set[tuple[int, int]] = set()
         self.connect(edges, groups)

@@ -23,8 +23,11 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_pipebd.runtime import transport as transport_module
+from lightning_pipebd.runtime.device_links import DeviceLinkSender
+from lightning_pipebd.runtime.link_probe import Links, measure_links, probe_edges, probe_groups
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from lightning_pipebd.runtime.transport import Lane, Message, Pending, ProcessGroupTransport, Transport
+from tests.helpers.device_memory import HostMemory
 from tests.helpers.ranks import RankError, run_processes, run_threads
 
 NUM_RANKS = 3
@@ -210,6 +213,13 @@ def count_sum_groups(transport: Transport) -> tuple[bool, int]:
     return transport._shares_memory, sum(group is not None for group in transport._groups.values())
 
 
+def measure(transport: Transport) -> Links:
+    """Last, because it connects more ranks."""
+    nodes = [0] * NUM_RANKS
+    transport.connect(probe_edges(nodes), probe_groups(NUM_RANKS))
+    return measure_links(transport, nodes, torch.device("cpu"), num_threads=1)
+
+
 SCENARIOS: list[Scenario] = [
     count_sum_groups,
     send_in_order,
@@ -225,6 +235,7 @@ SCENARIOS: list[Scenario] = [
     gather_values,
     send_in_memory_order,
     send_equals,
+    measure,
 ]
 
 
@@ -244,6 +255,23 @@ def call_in_process(rank: int, function: Scenario, shares_memory: bool) -> Any:
     torch.distributed.init_process_group("gloo")
     device = torch.device("cpu")
     return function(ProcessGroupTransport(device, groups=GROUPS, edges=EDGES, shares_memory=shares_memory))
+
+
+def call_on_device(rank: int, function: Scenario) -> Any:
+    """Ranks on one device, which host memory stands for."""
+    torch.distributed.init_process_group("gloo")
+    transport = ProcessGroupTransport(torch.device("cpu"))
+    transport._neighbours._memory = HostMemory()
+    transport.connect(EDGES, GROUPS)
+    assert all(isinstance(sender, DeviceLinkSender) for sender in transport._neighbours.senders.values())
+    return function(transport)
+
+
+def call_on_gpu(rank: int, function: Scenario) -> Any:
+    torch.distributed.init_process_group("gloo")
+    transport = ProcessGroupTransport(torch.device("cuda", 0), groups=GROUPS, edges=EDGES)
+    assert all(isinstance(sender, DeviceLinkSender) for sender in transport._neighbours.senders.values())
+    return function(transport)
 
 
 def over_gloo(function: Scenario) -> list[Any]:
@@ -324,13 +352,28 @@ def over_edges(function: Scenario) -> list[Any]:
     return run_processes(NUM_RANKS, call_with_edges)
 
 
+def over_device_memory(function: Scenario) -> list[Any]:
+    return run_processes(NUM_RANKS, call_on_device, function)
+
+
+def over_one_gpu(function: Scenario) -> list[Any]:
+    return run_processes(NUM_RANKS, call_on_gpu, function, timeout=180.0)
+
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+
 @pytest.fixture(
     scope="class",
     params=[
         over_threads,
-        *(pytest.param(over, marks=pytest.mark.spawn) for over in (over_gloo, over_shared_memory, over_edges)),
+        *(
+            pytest.param(over, marks=pytest.mark.spawn)
+            for over in (over_gloo, over_shared_memory, over_edges, over_device_memory)
+        ),
+        pytest.param(over_one_gpu, marks=[pytest.mark.spawn, *ON_GPU]),
     ],
-    ids=["threads", "gloo", "shared memory", "edges"],
+    ids=["threads", "gloo", "shared memory", "edges", "device memory", "one GPU"],
 )
 def seen(request: pytest.FixtureRequest) -> dict[str, list[Any]]:
     """What each rank saw in each scenario."""
@@ -400,6 +443,13 @@ class TestTransport:
 
     def test_gather_gives_every_rank_values_of_its_own_in_rank_order(self, seen: Seen) -> None:
         assert seen["gather_values"] == [[(0, 1.0), (1, 1.0), (2, 1.0)]] * NUM_RANKS
+
+    def test_links_are_measured_and_every_rank_gets_the_same(self, seen: Seen) -> None:
+        first, *others = seen["measure"]
+        assert others == [first] * (NUM_RANKS - 1)
+        assert first.same_node.latency_ms > 0
+        assert 0 < first.same_node.bytes_per_ms < float("inf")
+        assert [reduce.num_ranks for reduce in first.same_node.reduces] == [2, 3]
 
     def test_tensors_of_a_gpu_take_the_edges_group_whatever_their_type(self, seen: Seen) -> None:
         if "send_by_edges" not in seen:
