@@ -55,6 +55,7 @@ class CudaMemory:
 
     def mark(self) -> Callable[[], None]:
         """Give what waits for all that this thread has asked of its current stream so far."""
+        # Whoever waits sleeps, instead of taking a processor from the thread that computes.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self._device))
 
@@ -68,7 +69,7 @@ class CudaMemory:
         """Give copies, made when this returns."""
         with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
             copies = [part.clone() for part in parts]
-            self._stream.synchronize()
+            self.mark()()
         for copy in copies:
             # Who computes with it may have more to do with it when it is freed.
             copy.record_stream(torch.cuda.default_stream(self._device))
