@@ -76,6 +76,10 @@ class BlockPairsModule(DistillationModule):
         """
         self.block_pairs.check_shapes(example_input, dict(self.adapters.items()))
 
+    @override
+    def block_modules(self) -> list[nn.Module]:
+        return [*self.block_pairs.teacher.blocks, *self.block_pairs.student.blocks, *self.adapters.values()]
+
     def block_parameters(self, block: int) -> list[nn.Parameter]:
         """Give the parameters that a block trains: those of its student block, then those of its adapters."""
         own = self.block_pairs.parameters_of(block)

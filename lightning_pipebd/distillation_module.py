@@ -38,6 +38,10 @@ class DistillationModule(StagedBatchModule):
         # Past nn.Module's bookkeeping on purpose: a frozen teacher must not reach checkpoints, optimizers or train().
         object.__setattr__(self, "teacher", teacher.requires_grad_(False).eval())
 
+    def block_modules(self) -> list[nn.Module]:
+        """Give the blocks of both models, and what is trained with them."""
+        raise NotImplementedError
+
     def unpack_batch(self, batch: Any) -> tuple[Any, Any]:
         """Divide a batch into the models' input and the labels.
 

@@ -67,6 +67,11 @@ class ModelCutsModule(DistillationModule):
         """Give what an optimizer should train: all parameters that want a gradient, also those of a loss."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    @override
+    def block_modules(self) -> list[nn.Module]:
+        whole = (model for model in (self.average, self.predictor) if model is not None)
+        return [*self.cuts.teacher.blocks, *self.cuts.student.blocks, *whole]
+
     @property
     def num_student_blocks(self) -> int:
         """Number of the student's blocks; the predictor belongs to the last."""

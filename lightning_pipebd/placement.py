@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,29 @@ from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.runtime.momentum import MomentumTeacher
 from lightning_pipebd.teacher_student import TeacherStudentModule
 
-__all__ = ["BlockPlacement", "PipelinePlacement", "Placement"]
+__all__ = ["BlockPlacement", "PipelinePlacement", "Placement", "bring_others"]
+
+PlacedT = TypeVar("PlacedT", nn.Module, list[Tensor])
+
+
+def bring_others(module: DistillationModule, device: torch.device) -> None:
+    """Have on a device what belongs to no block: metrics, losses, further parameters and buffers, the models' ends.
+
+    Blocks stay where they are, and so does what of them is known to the module under a second name.
+
+    Args:
+        module: Has the blocks.
+        device: This rank's.
+    """
+    set_device(module, device)
+    if device.type == "cpu":
+        return
+    of_blocks = [tensor for block in module.block_modules() for tensor in (*block.parameters(), *block.buffers())]
+    of_blocks += [tensor.grad for tensor in of_blocks if tensor.grad is not None]
+    # The list keeps them alive: no other tensor can have the identity of one of them meanwhile.
+    kept = {id(tensor) for tensor in of_blocks}
+    # As `to` does, so that parameters stay the same objects and metrics, which hold tensors elsewhere, follow.
+    module._apply(lambda tensor: tensor if id(tensor) in kept else tensor.to(device))
 
 
 class Placement(ABC):
@@ -93,14 +116,14 @@ class BlockPlacement(Placement):
     @override
     def _move_blocks(self) -> None:
         pairs, adapters = self._module.block_pairs, self._module.adapters
+        places: list[tuple[bool, nn.Module]] = []
         for block in range(self._plan.num_blocks):
-            is_taught = self._rank in self._plan.teacher_ranks(block)
-            pairs.teacher.blocks[block].to(self._device if is_taught else "cpu")
-            home = self._device if self._rank in self._plan.student_ranks(block) else torch.device("cpu")
-            pairs.student.blocks[block].to(home)
-            for side in ("input", "output"):
-                if f"{side}_{block}" in adapters:
-                    adapters[f"{side}_{block}"].to(home)
+            places.append((self._rank in self._plan.teacher_ranks(block), pairs.teacher.blocks[block]))
+            own = [adapters[key] for key in (f"input_{block}", f"output_{block}") if key in adapters]
+            is_learned = self._rank in self._plan.student_ranks(block)
+            places += [(is_learned, model) for model in (pairs.student.blocks[block], *own)]
+        for is_here, model in _others_first(places):
+            model.to(self._device if is_here else "cpu")
 
     @override
     def gather(self) -> None:
@@ -166,13 +189,19 @@ class PipelinePlacement(Placement):
 
     @override
     def _move_blocks(self) -> None:
-        self._move(self._module.student_tensors, self._plan.student)
-        self._move(self._module.teacher_tensors, self._plan.teacher)
-
-    def _move(self, tensors_of: Callable[[int], list[Tensor]], ranks: Sequence[int]) -> None:
-        for block, rank in enumerate(ranks):
-            for tensor in tensors_of(block):
-                tensor.data = tensor.data.to(self._device if rank == self._place_in_replica else "cpu")
+        module, plan = self._module, self._plan
+        # With the buffers of earlier blocks that a block reads.
+        student = [
+            (rank, [*module.student_tensors(block), *module.cuts.student.blocks[block].buffers()])
+            for block, rank in enumerate(plan.student)
+        ]
+        teacher = [
+            (rank, [*module.teacher_tensors(block), *module.cuts.teacher.blocks[block].buffers()])
+            for block, rank in enumerate(plan.teacher)
+        ]
+        places = [(rank == self._place_in_replica, tensors) for rank, tensors in (*student, *teacher)]
+        for is_here, tensors in _others_first(places):
+            _put(tensors, self._device if is_here else torch.device("cpu"))
 
     @override
     def gather(self) -> None:
@@ -202,3 +231,13 @@ class PipelinePlacement(Placement):
     def _learners_of_others(self) -> tuple[int, ...]:
         # What belongs to no block is the loss's.
         return self._plan.sharing_ranks(self._plan.loss_rank)
+
+
+def _others_first(places: Iterable[tuple[bool, PlacedT]]) -> list[tuple[bool, PlacedT]]:
+    """Put what is here last: a table that blocks share, such as one of positions, stays where one of this rank is."""
+    return sorted(places, key=lambda place: place[0])
+
+
+def _put(tensors: Iterable[Tensor], device: torch.device) -> None:
+    for tensor in tensors:
+        tensor.data = tensor.data.to(device)

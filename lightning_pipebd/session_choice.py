@@ -18,6 +18,7 @@ from lightning_pipebd.module import BlockwiseDistillationModule
 from lightning_pipebd.pipeline_options import PipelineOptions, check_pipeline_optimizers, pipeline_edges
 from lightning_pipebd.pipeline_replicas import sharing_groups
 from lightning_pipebd.pipeline_session import PipelineSession
+from lightning_pipebd.placement import bring_others
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import Plan
 from lightning_pipebd.preflight import check_accumulation, check_optimizers, check_trainer, warn_of_statistics
@@ -114,6 +115,7 @@ class SessionChoice(NamedTuple):
         """**Collective** over all ranks: find the plan, connect the ranks, and put the blocks in their places."""
         # Before anything is measured: training shall take the times that were measured.
         keep_freed_memory(strategy.root_device)
+        bring_others(module, strategy.root_device)
         if isinstance(module, TeacherStudentModule):
             way = find_pipeline_of_fit(strategy, request.finder, request.options, trainer, module, transport)
             edges = pipeline_edges(

@@ -83,6 +83,7 @@ def test_every_private_name_that_we_import_is_pinned_here() -> None:
         if alias.name.startswith("_")
     }
     assert imported == {
+        "_DeviceDtypeModuleMixin",
         "_auto_add_worker_init_fn",
         "_get_default_process_group_backend_for_device",
         "_init_dist_connection",
@@ -98,8 +99,10 @@ def test_strategy_has_the_attribute(name: str) -> None:
 
 def test_module_keeps_its_device_where_we_set_it() -> None:
     module = LightningModule()
+    module.inner = torch.nn.Sequential(LightningModule())
     set_device(module, torch.device("meta"))
     assert module.device == torch.device("meta")
+    assert module.inner[0].device == torch.device("meta")
 
 
 def test_position_of_sync_dist_behind_name_and_value() -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _DeviceDtypeModuleMixin
 from lightning.pytorch import LightningModule
 from torch import Tensor
 from typing_extensions import override
@@ -104,5 +105,10 @@ def log_again(module: StagedBatchModule, values: Mapping[str, Tensor], batch_siz
 
 
 def set_device(module: LightningModule, device: torch.device) -> None:
-    """Let ``module.device`` tell where the blocks compute; some of its parameters may be elsewhere."""
-    module._device = device
+    """Let ``module.device``, and that of modules of Lightning inside it, tell where the blocks compute.
+
+    Some of its parameters may be elsewhere.
+    """
+    for inner in module.modules():
+        if isinstance(inner, _DeviceDtypeModuleMixin):
+            inner._device = device
