@@ -41,8 +41,6 @@ class AheadSession(TrainingSession):
     @override
     def begin(self, *args: Any) -> None:
         super().begin(*args)
-        options = self._module.compile_options or {}
-        self._jobs.copies_boundaries = self._strategy.root_device.type == "cuda" and bool(options)
         self._ahead_programs: dict[tuple[int, int, bool, bool], Program] = {}
 
     @override

@@ -9,7 +9,6 @@ from typing import Any
 from lightning.pytorch.plugins import Precision
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from lightning_pipebd.loaded_boundaries import load_boundaries
 from lightning_pipebd.module import BlockwiseDistillationModule
@@ -42,8 +41,6 @@ class BlockJobs:
         optimizer: Handed on to Lightning's backward.
         batch_idx: Number of the batch in the epoch.
         num_accumulated: Batches whose gradients make one update.
-        copies_boundaries: Whether what a teacher block gives must outlive its next call, though that may write to the
-            same memory, as CUDA graphs do.
         shares_backward: Whether neighbouring small blocks may have one backward pass.
     """
 
@@ -57,7 +54,6 @@ class BlockJobs:
         self.optimizer: Optimizer | None = None
         self.batch_idx = 0
         self.num_accumulated = 1
-        self.copies_boundaries = False
         self.shares_backward = True
         self._backward = SharedBackward(self._run_backward)
 
@@ -74,8 +70,7 @@ class BlockJobs:
     def teach(self, block: int, boundary: Any) -> Any:
         """Give the next boundary."""
         with self._context():
-            taught = self._module.teach(block, boundary)
-        return pytree.tree_map_only(Tensor, Tensor.clone, taught) if self.copies_boundaries else taught
+            return self._module.teach(block, boundary)
 
     def learn(self, block: int, boundary: Any, target: Any, labels: Any, rows: Rows, num_rows: int) -> Tensor:
         """Give some rows' part of the batch's mean loss, detached; :meth:`settle` adds its gradients."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -22,11 +22,14 @@ from lightning_pipebd.runtime.block_calls import BlockCalls, versions_of
 from lightning_pipebd.runtime.block_pairs import pair_blocks
 from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.compiling import compile_options
+from lightning_pipebd.runtime.graph_memory import copy_gradients, copy_tensors, has_compiled, makes_graphs
 from lightning_pipebd.runtime.momentum import Buffers
 from lightning_pipebd.runtime.random_use import KnownDraws, block_stream
 from lightning_pipebd.runtime.row_trees import count_rows
 
 __all__ = ["BlockwiseDistillationModule"]
+
+_Self = TypeVar("_Self", bound="BlockwiseDistillationModule")
 
 
 class BlockwiseDistillationModule(BlockPairsModule):
@@ -122,6 +125,7 @@ class BlockwiseDistillationModule(BlockPairsModule):
             block: resolve_loss(loss) for block, loss in pairs.resolve_keys(block_losses or {}, "block_losses").items()
         }
         self._still: set[int] = set()
+        self._run_in_graphs: set[int] = set()
         self._known_draws = KnownDraws()
         self.compile_options = compile_options(compile)
         self._teacher_calls = BlockCalls(pairs.teacher, "teacher", self.compile_options)
@@ -158,7 +162,8 @@ class BlockwiseDistillationModule(BlockPairsModule):
     def teach(self, block: int, boundary: Any) -> Any:
         """Give the teacher's boundary ``block + 1``; ``boundary`` stays unchanged."""
         with torch.no_grad():
-            return self._teacher_calls(block, boundary)
+            taught = self._teacher_calls(block, boundary)
+            return copy_tensors(taught) if self.uses_graphs else taught
 
     def imitate(
         self,
@@ -190,6 +195,8 @@ class BlockwiseDistillationModule(BlockPairsModule):
         # With gradients until here: by them a loss tells hidden states from masks.
         loss = loss.detach() if block in self._frozen else loss
         self.finite_guard.note_loss(block, loss)
+        if self.uses_graphs:
+            self._run_in_graphs.add(block)
         return loss
 
     def _modules_of(self, block: int) -> list[nn.Module] | None:
@@ -234,9 +241,39 @@ class BlockwiseDistillationModule(BlockPairsModule):
                 "because other blocks and ranks use them, but one was changed in place. Use operations that give a new "
                 "tensor: `x / 2` instead of `x.div_(2)`, `inplace=False`."
             )
-        return loss
+        # A block may give its loss itself.
+        return loss.clone() if self.uses_graphs else loss
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether blocks may run in CUDA graphs, whose memory the next call of a compiled block reuses."""
+        return self.device.type == "cuda" and (self._has_own_compiled or makes_graphs(self.compile_options))
+
+    @cached_property
+    def _has_own_compiled(self) -> bool:
+        # With which options, modules do not tell.
+        return has_compiled([self, self.teacher])
 
     # Lightning's hooks: the reference, block after block in one process.
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Add the gradients of all blocks that have a part in the loss."""
+        learned, self._run_in_graphs = self._run_in_graphs, set()
+        parameters = (parameter for block in sorted(learned) for parameter in self.block_parameters(block))
+        # What a parameter has already is added to; otherwise it takes the graph's own tensor.
+        fresh = [parameter for parameter in parameters if parameter.grad is None]
+        super().backward(loss, *args, **kwargs)
+        copy_gradients(fresh)
+
+    @override
+    def _apply(self: _Self, fn: Callable[[Any], Any], recurse: bool = True) -> _Self:
+        super()._apply(fn, recurse)
+        # Losses are no submodules: their tensors are in no checkpoint.
+        for loss in self._losses.values():
+            if isinstance(loss, nn.Module):
+                loss._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch's own hook
+        return self
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:

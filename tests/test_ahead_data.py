@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.plugins import Precision
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_pipebd.ahead_data import AheadTrainLoader
 from lightning_pipebd.ahead_session import AheadSession, session_kind
-from lightning_pipebd.block_jobs import BlockJobs
 from lightning_pipebd.data import HeaderLoader, TrainLoader
 from lightning_pipebd.lightning_internals.trainer import may_end_or_validate_after
 from lightning_pipebd.pipeline_data import AheadBatch
@@ -184,17 +182,3 @@ def test_momentum_teacher_stays_with_its_batch() -> None:
     assert session_kind(plan, frozen) is AheadSession  # type: ignore[arg-type]
     assert session_kind(plan, moving) is TrainingSession  # type: ignore[arg-type]
     assert session_kind(parse_plan("0|1|2"), frozen) is TrainingSession  # type: ignore[arg-type]
-
-
-def test_boundaries_that_outlive_the_next_call_are_copied_where_that_writes_to_the_same_memory() -> None:
-    memory = torch.zeros(2)
-
-    def teach(block: int, boundary: Any) -> tuple[Tensor, int]:
-        return memory.fill_(boundary), 7
-
-    jobs = BlockJobs(SimpleNamespace(teach=teach), Precision())  # type: ignore[arg-type]
-    shared, _ = jobs.teach(0, 1.0)
-    jobs.copies_boundaries = True
-    kept, number = jobs.teach(0, 2.0)
-    jobs.teach(0, 3.0)
-    assert (shared.tolist(), kept.tolist(), number) == ([3.0, 3.0], [2.0, 2.0], 7)
