@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_pipebd.runtime.transport import Transport
 
-__all__ = ["FiniteGuard", "is_finite"]
+__all__ = ["FiniteGuard", "finite_flags", "finite_flags_by_norm"]
 
 _POLICIES = ("raise", "skip", "stop_block")
 _KEY = "stopped_blocks"
@@ -102,15 +102,14 @@ class FiniteGuard:
         """
         loss = self._losses.pop(block, None)
         kept = self._buffers.pop(block, [])
-        gradients = [_values(gradient) for own in parameters if (gradient := own.grad) is not None]
+        gradients = [gradient for own in parameters if (gradient := own.grad) is not None]
         if block in self.stopped:
             _undo(parameters, buffers, kept)
             return False
-        if all(gradient.is_cpu and math.isfinite(gradient.sum().item()) for gradient in gradients):
+        if all(gradient.is_cpu and math.isfinite(_values(gradient).sum().item()) for gradient in gradients):
             return True
-        gradients = [gradient for gradient in gradients if gradient.numel()]
         # What is on a device must not be read now, and a sum may overflow where no element does.
-        finite = torch.stack([_is_finite(gradient) for gradient in gradients]).all()
+        finite = finite_flags(gradients).all()
         loss_flag = torch.ones_like(finite) if loss is None else torch.isfinite(loss).all().to(finite.device)
         flags = torch.stack([loss_flag, finite])
         if self._policy == "raise":
@@ -181,12 +180,45 @@ def _values(gradient: Tensor) -> Tensor:
     return torch.view_as_real(values) if values.is_complex() else values
 
 
-def is_finite(gradient: Tensor) -> Tensor:
-    """Tell whether all elements of a gradient are finite, without reading the answer from the device."""
-    return _is_finite(_values(gradient))
+def finite_flags(gradients: Sequence[Tensor]) -> Tensor:
+    """Tell of each of some gradients whether all its elements are finite, without reading the answers from the device.
+
+    Args:
+        gradients: At least one.
+    """
+    if all(gradient.is_cpu for gradient in gradients):
+        return torch.stack([_is_finite(_values(gradient)) for gradient in gradients])
+    return finite_flags_by_norm(gradients)
+
+
+def finite_flags_by_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Give what :func:`finite_flags` gives, with a few kernels for all gradients of a type together.
+
+    On a CPU, where a kernel costs little, that is slower than looking at one gradient after the other.
+
+    Args:
+        gradients: At least one.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for number, values in enumerate(map(_values, gradients)):
+        if values.numel():
+            kinds.setdefault((values.device, values.dtype), []).append((number, values))
+    # A tensor without elements has no largest one, and none that is not finite.
+    flags = [torch.ones((), dtype=torch.bool, device=gradients[0].device)] * len(gradients)
+    for kind in kinds.values():
+        # The largest magnitude is NaN if an element is, and exact in every type: it cannot overflow.
+        norms = torch._foreach_norm([values for _, values in kind], math.inf)
+        found = torch.isfinite(torch.stack(norms)).to(gradients[0].device)
+        if len(kind) == len(gradients):
+            return found
+        for (number, _), flag in zip(kind, found.unbind(), strict=True):
+            flags[number] = flag
+    return torch.stack(flags)
 
 
 def _is_finite(values: Tensor) -> Tensor:
+    if not values.numel():
+        return torch.ones((), dtype=torch.bool, device=values.device)
     # Cheaper than a norm, exact in every type: the extremes are NaN if an element is, and overflow only if one has.
     return torch.isfinite(torch.stack(torch.aminmax(values))).all()
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_pipebd.nonfinite import is_finite
+from lightning_pipebd.nonfinite import finite_flags
 
 __all__ = ["StepGuard"]
 
@@ -63,7 +63,7 @@ class StepGuard:
         """
         kept, self._buffers = self._buffers, {}
         found = {name: own.grad for name, own in parameters.items() if own.grad is not None and own.grad.numel()}
-        flags = torch.stack([is_finite(gradient) for gradient in found.values()]) if found else torch.ones(1).bool()
+        flags = finite_flags(list(found.values())) if found else torch.ones(1).bool()
         if not self._skips:
             self.flush()
             self._under_way = (flags, list(found), step)

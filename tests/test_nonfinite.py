@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_pipebd.nonfinite import FiniteGuard
+from lightning_pipebd.nonfinite import FiniteGuard, finite_flags, finite_flags_by_norm
 from tests.helpers.ranks import RankError
 from tests.helpers.resuming import states_of
 from tests.helpers.scenarios import MakeTrainer, on_both, on_one_process, under_plan
@@ -59,6 +59,56 @@ def test_a_sparse_gradient_is_looked_at() -> None:
     embedding(torch.tensor([1])).mul(float("nan")).sum().backward()
     with pytest.raises(FloatingPointError):
         guard.check(0, "embedding", list(embedding.parameters()), [], 0)
+
+
+TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+WRONG = [float("nan"), float("inf"), -float("inf")]
+
+
+def looked_at(dtype: torch.dtype, *elements: float) -> Tensor:
+    """Give a gradient with these elements among small ones."""
+    return torch.tensor([0.0, 1.0, *elements, -1.0], dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_a_few_kernels_find_what_is_not_finite(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    gradients = [looked_at(dtype), looked_at(dtype, most, most, -most), *(looked_at(dtype, wrong) for wrong in WRONG)]
+    gradients += [looked_at(dtype, float("inf"), float("nan")), looked_at(dtype, torch.finfo(dtype).tiny)]
+    expected = [True, True, False, False, False, False, True]
+    assert finite_flags_by_norm(gradients).tolist() == expected
+    assert finite_flags(gradients).tolist() == expected
+
+
+def test_the_flags_of_mixed_gradients_are_in_the_order_of_the_gradients() -> None:
+    gradients = [looked_at(dtype, wrong) for wrong in (1.0, float("nan")) for dtype in TYPES]
+    gradients.insert(1, torch.empty(0))
+    gradients.insert(4, torch.tensor([1.0 + 2.0j, complex(0.0, float("inf"))]))
+    gradients += [torch.tensor(own).to_sparse() for own in ([[0.0, float("nan")]], [[0.0, 1.0]], [[0.0, 0.0]])]
+    gradients.append(torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last))
+    gradients.append(torch.ones(()))
+    expected = [True, True, True, True, False, True, False, False, False, False, False, True, True, True, True]
+    assert finite_flags_by_norm(gradients).tolist() == expected
+    assert finite_flags(gradients).tolist() == expected
+
+
+def test_gradients_without_elements_are_finite() -> None:
+    assert finite_flags_by_norm([torch.empty(0), torch.empty(3, 0)]).tolist() == [True, True]
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+def test_both_ways_to_look_lead_to_the_same(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+    monkeypatch.setattr("lightning_pipebd.nonfinite.finite_flags", finite_flags_by_norm)
+    guard, right, wrong = FiniteGuard(policy), parameters(3e38, 3e38), parameters(1.0, float("nan"))
+    assert guard.check(0, "fc", right, [], 0)
+    assert all(parameter.grad is not None for parameter in right)
+    if policy == "raise":
+        with pytest.raises(FloatingPointError, match=r"Block 0 \(fc\) .* but its gradient is not, at step 1"):
+            guard.check(0, "fc", wrong, [], 1)
+        return
+    with pytest.warns(UserWarning, match="Its update is skipped"):
+        assert not guard.check(0, "fc", wrong, [], 1)
+    assert [parameter.grad for parameter in wrong] == [None, None]
 
 
 def test_a_skipped_step_leaves_gradients_and_buffers_as_if_it_had_not_been() -> None:

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from lightning_pipebd.nonfinite import finite_flags_by_norm
 from lightning_pipebd.runtime.momentum import MomentumBlock, MomentumTeacher
 from lightning_pipebd.step_guard import StepGuard
 from tests.helpers.toy import make_loader
@@ -64,6 +65,16 @@ def test_a_skipped_step_leaves_no_trace_in_weights_statistics_and_average() -> N
     }
     assert later["student.3.weight"] != after["student.3.weight"]
     assert module.num_teacher_updates == 3
+
+
+def test_names_are_those_of_the_wrong_gradients_however_they_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_pipebd.step_guard.finite_flags", finite_flags_by_norm)
+    gradients = [torch.ones(2), torch.tensor([1.0, float("nan")]).half(), torch.empty(0), torch.tensor([float("inf")])]
+    parameters = {f"layer.{number}": nn.Parameter(torch.zeros_like(own)) for number, own in enumerate(gradients)}
+    for parameter, gradient in zip(parameters.values(), gradients, strict=True):
+        parameter.grad = gradient
+    with pytest.raises(FloatingPointError, match=r"that of layer\.1 and of 1 more is not, at step 3"):
+        StepGuard("raise").allows(parameters, lambda block: [], 3)
 
 
 def test_one_rank_s_no_is_everyone_s_no() -> None:
