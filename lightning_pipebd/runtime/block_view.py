@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 __all__ = ["BlockCode", "BlockView", "WholeBoundary"]
 
@@ -58,10 +59,31 @@ class BlockCode:
         self.takes_items = takes_items
         self._globals = python_code.globals
         self._function = self._compile()
+        self._brought: tuple[torch.device, dict[str, Tensor]] | None = None
 
     def __call__(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Run the operations."""
-        return self._function(model, *args, **kwargs, **self.constants)
+        # A compiler would have them brought anew in every call: it runs after :meth:`bring_constants`.
+        if self.constants and not torch.compiler.is_compiling():
+            self.bring_constants((args, kwargs))
+        constants = self.constants if self._brought is None else self._brought[1]
+        return self._function(model, *args, **kwargs, **constants)
+
+    def bring_constants(self, boundary: Any) -> None:
+        """Have the constants on the device of a boundary, for the calls that follow.
+
+        Code that asks a parameter or an input for its device has been recorded where the model was made.
+        """
+        leaves = (leaf for leaf in pytree.tree_leaves(boundary) if isinstance(leaf, Tensor))
+        device = next((leaf.device for leaf in leaves), None)
+        if device is None or (self._brought is not None and self._brought[0] == device):
+            return
+        # Training may save them for its backward pass, whoever was first to call.
+        with torch.inference_mode(mode=False):
+            moved = {name: value.to(device) for name, value in self.constants.items()}
+        # The stand-ins of a compiler or a counter of operations must not outlive it.
+        is_real = all(type(value) is type(self.constants[name]) for name, value in moved.items())
+        self._brought = (device, moved) if is_real else None
 
     @property
     def globals(self) -> list[Any]:
@@ -80,12 +102,14 @@ class BlockCode:
         # Neither modules nor compiled functions can be pickled; both come back from their names and the source.
         modules = {name: value.__name__ for name, value in self._globals.items() if isinstance(value, ModuleType)}
         others = {name: value for name, value in self._globals.items() if name not in modules}
-        state = {name: value for name, value in self.__dict__.items() if name not in ("_globals", "_function")}
+        left_out = ("_globals", "_function", "_brought")
+        state = {name: value for name, value in self.__dict__.items() if name not in left_out}
         return state | {"modules": modules, "others": others}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         modules = {name: importlib.import_module(module) for name, module in state.pop("modules").items()}
         self._globals = modules | state.pop("others")
+        self._brought = None
         self.__dict__.update(state)
         self._function = self._compile()
 
@@ -149,6 +173,12 @@ class BlockView(nn.Module):
     def takes_whole(self) -> bool:
         """Whether the block takes its boundary as one value."""
         return self._evaluation_code.takes_whole
+
+    def bring_constants(self, boundary: Any) -> None:
+        """Have what the block's code made while it was recorded on the device of a boundary."""
+        for code in (self._evaluation_code, self._training_code):
+            if code is not None and code.constants:
+                code.bring_constants(boundary)
 
     @property
     def called_globals(self) -> list[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_pipebd.runtime.block_view import BlockView
 from lightning_pipebd.runtime.blocks import call_block
 
 __all__ = ["compile_options", "compiled_block"]
@@ -62,4 +63,11 @@ def compiled_block(block: nn.Module, name: str, options: Mapping[str, Any]) -> C
     code = call.__code__.replace(co_name=name)
     own = FunctionType(code, call.__globals__, name, call.__defaults__, call.__closure__)
     compiled: Callable[[Any], Any] = torch.compile(own, **options)
-    return compiled
+    if not isinstance(block, BlockView):
+        return compiled
+
+    def call_with_constants(boundary: Any) -> Any:
+        block.bring_constants(boundary)
+        return compiled(boundary)
+
+    return call_with_constants

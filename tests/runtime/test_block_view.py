@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_pipebd.runtime.compiling import compiled_block
 from lightning_pipebd.runtime.partition import Partition, call_block, cut_model
 from tests.helpers.containers import Container, run_in_a_row
 from tests.helpers.ranks import run_threads
@@ -199,3 +200,61 @@ def test_threads_may_cut_and_run_models_at_the_same_time() -> None:
 def test_a_cut_block_can_be_called_without_call_block(model: Model, x: Tensor) -> None:
     first = cut_model(model, BOUNDARIES).blocks[0]
     assert torch.equal(first(x), call_block(first, x))
+
+
+class Scaled(nn.Module):
+    """Makes a tensor where its parameters are, between two modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        scale = torch.arange(3, device=next(self.parameters()).device)
+        return self.second(self.first(x) * scale)
+
+
+def test_constants_are_where_the_boundary_is(x: Tensor) -> None:
+    model = Scaled()
+    expected = model(x)
+    partition = cut_model(model, ["first", "second"])
+    elsewhere = copy.deepcopy((model, partition))
+    elsewhere[0].to("meta")
+    output = run_in_a_row(elsewhere[1], x.to("meta"))
+    assert (output.device.type, output.shape) == ("meta", expected.shape)
+    # And back, with the numbers that they had; copies and files hold them as well.
+    for own_model, own in (elsewhere, copied(elsewhere), pickled(elsewhere)):  # type: ignore[arg-type]
+        own_model.to_empty(device="cpu").load_state_dict(model.state_dict())
+        assert torch.equal(run_in_a_row(own, x), expected)
+
+
+def test_constants_that_inference_brought_can_be_trained_with(x: Tensor) -> None:
+    model = Scaled()
+    partition = cut_model(model, ["first", "second"])
+    model.to("meta")
+    x = x.to("meta")
+    with torch.inference_mode():
+        run_in_a_row(partition, x)
+    run_in_a_row(partition, x).sum().backward()
+    assert model.first.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_block_finds_its_constants_where_the_boundary_is(x: Tensor) -> None:
+    model = Scaled()
+    partition = cut_model(model, ["first", "second"])
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    compiled = compiled_block(partition.blocks[1], "block_1", {"backend": backend, "fullgraph": True})
+    boundary = model.first(x).detach()
+    for _ in range(2):
+        assert torch.equal(compiled(boundary), call_block(partition.blocks[1], boundary))
+    model.to("meta")
+    assert compiled(boundary.to("meta")).device.type == "meta"
+    # They are not moved in every call.
+    assert len(graphs) == 2
+    assert not any(".to(" in code for code in graphs)
