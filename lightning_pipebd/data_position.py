@@ -23,8 +23,13 @@ class RandomMoment(NamedTuple):
 
     @classmethod
     def now(cls, generators: Sequence[torch.Generator]) -> RandomMoment:
-        """Take the states of torch, :mod:`random`, NumPy and the loader's own generators."""
+        """Take the states of torch, :mod:`random`, NumPy and the loader's own generators.
+
+        Of torch's on GPUs, that of this rank's: batch hooks may draw from it.
+        """
         states = random_states()
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch's own function
+            states["cuda"] = torch.cuda.get_rng_state()
         if "numpy" in states:
             name, keys, *rest = states["numpy"]
             states["numpy"] = (str(name), torch.from_numpy(keys.astype("int64")), *map(float, rest))
@@ -38,6 +43,8 @@ class RandomMoment(NamedTuple):
             states["numpy"] = (name, keys.numpy().astype("uint32"), int(position), int(has_gauss), gauss)
         states["python"] = (states["python"][0], tuple(states["python"][1]), states["python"][2])
         set_random_states(states)
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
         for generator, state in zip(generators, self.own, strict=False):
             generator.set_state(state)
 
