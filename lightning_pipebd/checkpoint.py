@@ -131,10 +131,17 @@ def hand_over(transport: Transport, tensors_and_owners: Iterable[tuple[Sequence[
         transport: Reaches the other ranks.
         tensors_and_owners: Groups of tensors and the rank whose values count, the same on all ranks.
     """
+    if transport.num_ranks == 1:
+        return
     with torch.no_grad():
         for tensors, owner in tensors_and_owners:
             for same_type in _by_dtype(tensors):
-                flat = torch.cat([tensor.detach().reshape(-1).cpu() for tensor in same_type])
+                if transport.rank == owner:
+                    flat = torch.cat([tensor.detach().reshape(-1).cpu() for tensor in same_type])
+                else:
+                    # What is overwritten need not leave its device first.
+                    num_elements = sum(tensor.numel() for tensor in same_type)
+                    flat = torch.empty(num_elements, dtype=same_type[0].dtype, device="cpu")
                 transport.broadcast(flat, owner)
                 if transport.rank != owner:
                     parts = torch.split(flat, [tensor.numel() for tensor in same_type])

@@ -213,6 +213,16 @@ class TestHandOver:
         assert [(tensor.data_ptr(), tensor.stride()) for tensor in everyone[1]] == before
         assert everyone[1][0].requires_grad
 
+    def test_what_is_overwritten_is_not_read(self) -> None:
+        # Tensors without values could not be.
+        tensors = [make_tensors(0), [tensor.to("meta") for tensor in make_tensors(1)]]
+        on_ranks(lambda transport, own: hand_over(transport, [(own, 0)]), tensors)
+        assert values_of(tensors[0]) == values_of(make_tensors(0))
+
+    def test_one_rank_has_nobody_to_tell(self) -> None:
+        transport = LocalWorld(1).transports[0]
+        hand_over(transport, [([torch.zeros(2, device="meta")], 0)])
+
 
 def named(tensors: list[Tensor]) -> list[tuple[str, Tensor]]:
     return [(f"tensor.{index}", tensor) for index, tensor in enumerate(tensors)]
