@@ -21,7 +21,7 @@ from benchmarks.emulated.cost_tables import TABLES, scaled, work_bound_ms
 from benchmarks.emulated.main import main as emulated
 from benchmarks.end_to_end.main import foresee
 from benchmarks.gpu.main import VARIANTS as GPU_VARIANTS
-from benchmarks.gpu.main import Contender, Turn, measure
+from benchmarks.gpu.main import Clock, Contender, Turn, measure, with_one_teacher
 from benchmarks.gpu.main import main as gpu_main
 from benchmarks.gpu.models import SMALL_MODELS
 from benchmarks.shared.ranks import run_side_by_side
@@ -102,6 +102,37 @@ def test_a_variant_that_fails_leaves_the_others_their_figures(monkeypatch: pytes
     table = measure(SMALL_MODELS["vgg"](), ["broken", "plain PyTorch"], settings)
     assert "* broken failed: no such kernel" in table
     assert "| plain PyTorch | " in table
+
+
+def test_pairs_with_one_teacher_have_the_students_that_they_would_have() -> None:
+    workload = SMALL_MODELS["vgg"]()
+    shared = with_one_teacher(workload)
+    torch.manual_seed(0)
+    teacher, _ = shared.models()
+    for models in (workload.models, shared.models):
+        torch.manual_seed(0)
+        own_teacher, student = models()
+        states = [model.state_dict() for model in (own_teacher, student)]
+        if models is workload.models:
+            expected = states
+    assert own_teacher is teacher
+    for own, other in zip(states, expected, strict=True):
+        assert all(torch.equal(value, other[name]) for name, value in own.items())
+
+
+def test_memory_that_others_keep_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, stand_in in (
+        ("memory_allocated", lambda _: 100),
+        ("max_memory_allocated", lambda _: 350),
+        ("reset_peak_memory_stats", lambda _: None),
+        ("synchronize", lambda _: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    clock = Clock(torch.device("cuda", 0), num_skipped=1, num_measured=2)
+    for _ in range(3):
+        clock.note()
+    assert clock.turn is not None
+    assert clock.turn.peak_bytes == 250
 
 
 @pytest.mark.spawn

@@ -21,13 +21,13 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import lightning
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,6 +82,8 @@ class Turn(NamedTuple):
 class Clock(Callback):
     """Times the steps after the first ones, and finds the most memory held meanwhile.
 
+    On a GPU, what is held when the clock is made is not counted: graphs of other variants keep their memory.
+
     Args:
         device: Computes.
         num_skipped: Steps that warm up, compile and record.
@@ -90,6 +92,7 @@ class Clock(Callback):
 
     def __init__(self, device: torch.device, num_skipped: int, num_measured: int) -> None:
         self._device = device
+        self._held_bytes = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
         self._edges = (num_skipped, num_skipped + num_measured)
         self._num_steps = 0
         self._start_s = 0.0
@@ -106,7 +109,8 @@ class Clock(Callback):
         now_s = time.perf_counter()
         if self._num_steps == self._edges[1]:
             peak = torch.cuda.max_memory_allocated(self._device) if is_cuda else peak_memory_bytes()
-            self.turn = Turn((now_s - self._start_s) / (self._edges[1] - self._edges[0]) * 1000, peak)
+            step_ms = (now_s - self._start_s) / (self._edges[1] - self._edges[0]) * 1000
+            self.turn = Turn(step_ms, peak - self._held_bytes)
             return
         torch.cuda.reset_peak_memory_stats(self._device) if is_cuda else forget_peak_memory()
         self._start_s = time.perf_counter()
@@ -183,6 +187,22 @@ class Contender:
         return clock.turn
 
 
+def with_one_teacher(workload: Workload) -> Workload:
+    """Give a workload whose pairs all have the first one's teacher: it is frozen, and may be large.
+
+    Students are made as before, after a teacher that is thrown away.
+    """
+    kept: list[nn.Module] = []
+
+    def models() -> tuple[nn.Module, nn.Module]:
+        teacher, student = workload.models()
+        if not kept:
+            kept.append(teacher)
+        return kept[0], student
+
+    return replace(workload, models=models)
+
+
 def peak_flops(device: torch.device, dtype: torch.dtype, size: int) -> float:
     """Give the floating-point operations per second that a product of square matrices reaches, the best of some."""
     first, second = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -214,8 +234,12 @@ def measure(workload: Workload, names: Sequence[str], settings: argparse.Namespa
     device = torch.device(settings.device)
     batches = make_batches(workload, settings.warm_up + settings.steps)
     chosen = [name for name in names if batches[0].dim() == 4 or not VARIANTS[name].channels_last]
-    contenders = {name: Contender(VARIANTS[name], workload, device) for name in chosen}
-    flops = ByHand(Contender(VARIANTS[_BY_HAND], workload, device).module, device).count_flops(batches[0])
+    shared = with_one_teacher(workload)
+    # Channels are put last in the teacher, too.
+    contenders = {
+        name: Contender(VARIANTS[name], workload if VARIANTS[name].channels_last else shared, device) for name in chosen
+    }
+    flops = ByHand(Contender(VARIANTS[_BY_HAND], shared, device).module, device).count_flops(batches[0])
     size = 512 if settings.small else 8192
     peaks = {dtype: peak_flops(device, dtype, size) for dtype in (torch.float32, torch.bfloat16)}
     failures: dict[str, str] = {}
