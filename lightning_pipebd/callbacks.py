@@ -154,7 +154,7 @@ class BlockMetrics(FitCallback):
 
     def _post(self, step: int) -> None:
         assert self._outbox is not None
-        losses = torch.tensor([loss.item() for loss in self._latest.values()], dtype=torch.float64)
+        losses = torch.tensor(_numbers(self._latest), dtype=torch.float64)
         self._outbox.post(Message((step, 0, 0, 0), (tuple(self._latest), losses)))
         self._num_posted += 1
 
@@ -201,4 +201,13 @@ def _show(pl_module: LightningModule, values: Mapping[str, float], **options: An
 
 
 def _read(losses: dict[LossName, Tensor]) -> dict[LossName, float]:
-    return {block: loss.item() for block, loss in losses.items()}
+    return dict(zip(losses, _numbers(losses), strict=True))
+
+
+def _numbers(losses: Mapping[LossName, Tensor]) -> list[float]:
+    """Give the values of losses; waits for the device once, not once per loss."""
+    if not losses:
+        return []
+    device = next(iter(losses.values())).device
+    numbers: list[float] = torch.stack([loss.reshape(()).to(device).double() for loss in losses.values()]).tolist()
+    return numbers

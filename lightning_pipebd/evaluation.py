@@ -125,9 +125,12 @@ class Evaluation(CheckedCheckpoints):
         if self._is_in_evaluation_step or is_training or group is COMPLETE:
             return tensor
         self._check_logged()
-        if isinstance(tensor, Tensor) and reduce_op in ("mean", "avg"):
-            # Sums and numbers of rows alike: a mean rounded to float32, or to an integer, would be a wrong weight.
-            tensor = tensor.double()
+        if isinstance(tensor, Tensor):
+            # A value that was logged in host memory is there still, and NCCL reaches devices only.
+            tensor = tensor.to(self.root_device)
+            if reduce_op in ("mean", "avg"):
+                # Sums and numbers of rows alike: a mean rounded to float32, or to an integer, would be a wrong weight.
+                tensor = tensor.double()
         return super().reduce(tensor, group, reduce_op)
 
     @override

@@ -58,8 +58,14 @@ class BlockScalers:
 
     def unscale(self) -> None:
         """Divide all gradients by their scales; a block with an overflow loses its gradients for this step."""
-        for scaler in self._scalers.values():
-            scaler.unscale()
+        found = ((scaler, scaler.unscale()) for scaler in self._scalers.values())
+        overflows = {scaler: overflow for scaler, overflow in found if overflow is not None}
+        if not overflows:
+            return
+        # One wait for the device, not one per block.
+        for scaler, has_overflow in zip(overflows, torch.stack(list(overflows.values())).tolist(), strict=True):
+            if has_overflow:
+                scaler.drop()
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """**Collective** over all ranks: add every block's scale, and one for plain Lightning, which has only one."""

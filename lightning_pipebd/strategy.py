@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -279,8 +280,9 @@ class PipeBDStrategy(Replanning):
         give_exit_status(exception)
         if self._transport is not None:
             self._transport.has_failed = True
-        if self._session is not None:
-            report_failure(exception, self._session.abandon(exception))
+        report = self._session.abandon(exception) if self._session is not None else ""
+        if self._session is not None or dist.is_initialized():
+            report_failure(exception, report)
 
     @override
     def teardown(self) -> None:

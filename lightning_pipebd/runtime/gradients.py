@@ -135,8 +135,16 @@ def clip_norm_over_ranks(
     local = [(number, p.grad) for number, p in zip(numbers, parameters, strict=True) if p.grad is not None]
     local = local if is_first else []
     table = torch.zeros(2, len(dtypes), dtype=torch.float64, device=device)
+    by_dtype: dict[torch.dtype, tuple[list[int], list[Tensor]]] = {}
     for (number, _), norm in zip(local, torch._foreach_norm([grad for _, grad in local]) if local else (), strict=True):
-        table[0, number], table[1, number] = norm, 1.0
+        known = by_dtype.setdefault(norm.dtype, ([], []))
+        known[0].append(number)
+        known[1].append(norm)
+    for places, norms in by_dtype.values():
+        # From pinned memory, or the copy would wait for all that the device has to do.
+        index = torch.tensor(places, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        table[0].index_copy_(0, index, torch.stack(norms).to(table))
+        table[1].index_fill_(0, index, 1.0)
     if transport.num_ranks > 1:
         transport.all_reduce([table], tuple(range(transport.num_ranks))).wait()
     is_present = table[1] > 0
@@ -164,29 +172,38 @@ class BlockScaler:
         """Multiply the loss by the block's scale."""
         return self.scaler.scale(loss)
 
-    def unscale(self) -> None:
-        """Divide the block's gradients by its scale; take the gradients away if one is not finite."""
+    def unscale(self) -> Tensor | None:
+        """Divide the block's gradients by its scale.
+
+        Returns:
+            Zero if all of them are finite, unread from the device; ``None`` if there is no gradient.
+        """
         probe = self._optimizer
         if all(parameter.grad is None for parameter in probe.parameters):
-            return
-        probe.has_stepped = False
+            return None
         # A rank without rows of the first batch has scaled no loss yet, and the scaler knows its scale only since then.
         self.scaler.scale(torch.zeros((), device=probe.parameters[0].device))
         self.scaler.unscale_(probe)
         self.scaler.step(probe)
         self.scaler.update()
-        if not probe.has_stepped:
-            for parameter in probe.parameters:
-                parameter.grad = None
+        return probe.overflow
+
+    def drop(self) -> None:
+        """Take the block's gradients away: one was not finite."""
+        for parameter in self._optimizer.parameters:
+            parameter.grad = None
 
 
 class _ScaleProbe(torch.optim.Optimizer):
-    """An optimizer that only notes whether the scaler would have let it step."""
+    """An optimizer that only notes what the scaler found, as those that skip a step on the device do."""
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor  # the scaler sets it for the time of a step
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         super().__init__([{"params": list(parameters)}], {})  # a group may be empty, and so may a block
         self.parameters = list(parameters)
-        self.has_stepped = False
+        self.overflow: Tensor | None = None
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        self.has_stepped = True
+        self.overflow = self.found_inf

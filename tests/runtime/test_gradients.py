@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_pipebd.planning.buckets import BUCKET_BYTES
 from lightning_pipebd.planning.program import Action, Kind, Program
-from lightning_pipebd.runtime.gradients import BlockScaler, GradientReducer
+from lightning_pipebd.runtime.gradients import BlockScaler, GradientReducer, clip_norm_over_ranks
 from lightning_pipebd.runtime.local_transport import LocalWorld
 from tests.helpers.ranks import RankError, run_threads
 
@@ -205,6 +205,39 @@ class TestReducer:
             run_threads(2, work)
 
 
+def test_gradients_of_several_types_on_several_ranks_are_clipped_as_on_one() -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float64, torch.float32]
+
+    def make() -> list[nn.Parameter]:
+        generator = torch.Generator().manual_seed(3)
+        parameters = [nn.Parameter(torch.zeros(4, dtype=dtype)) for dtype in dtypes]
+        for parameter in parameters[:4]:
+            parameter.grad = torch.randn(4, generator=generator).to(parameter.dtype)
+        return parameters
+
+    expected = make()
+    # Norms of several types are of the widest: so one process has them.
+    present = [parameter.grad for parameter in expected if parameter.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([own.double() for own in torch._foreach_norm(present)]))
+    nn.utils.clip_grads_with_norm_(expected, 0.5, norm)
+    world = LocalWorld(2)
+
+    def work(rank: int) -> Any:
+        everyone = make()
+        numbers = range(rank, len(everyone), 2)
+        own = [everyone[number] for number in numbers]
+        total = clip_norm_over_ranks(
+            world.transports[rank], own, numbers, dtypes, max_norm=0.5, device=torch.device("cpu")
+        )
+        return total, {number: everyone[number].grad for number in numbers}
+
+    found = run_threads(2, work)
+    assert all(torch.equal(total, norm) for total, _ in found)
+    for number, parameter in enumerate(expected):
+        (gradient,) = (gradients[number] for _, gradients in found if number in gradients)
+        assert gradient is None if parameter.grad is None else torch.equal(gradient, parameter.grad)
+
+
 def make_scaler(parameters: list[nn.Parameter], **options: Any) -> BlockScaler:
     return BlockScaler(torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000, **options), parameters)
 
@@ -216,6 +249,13 @@ def backward(scaler: BlockScaler, parameter: nn.Parameter, factor: float) -> Non
     torch.autograd.backward(scaler.scale(output.float().sum()))
 
 
+def unscale(scaler: BlockScaler) -> None:
+    """Do as the ranks do after a step."""
+    overflow = scaler.unscale()
+    if overflow is not None and overflow:
+        scaler.drop()
+
+
 class TestScaler:
     def test_scaled_gradients_are_divided_by_the_scale(self) -> None:
         (parameter,) = make_parameters(None)
@@ -223,7 +263,7 @@ class TestScaler:
         backward(scaler, parameter, 0.5)
         assert parameter.grad is not None
         assert parameter.grad.tolist() == [2.0] * 3
-        scaler.unscale()
+        unscale(scaler)
         assert parameter.grad.tolist() == [0.5] * 3
 
     def test_overflow_takes_the_gradients_of_its_block_alone(self) -> None:
@@ -231,7 +271,7 @@ class TestScaler:
         blocks = [(make_scaler([parameter]), parameter, factor) for parameter, factor in ((calm, 2.0), (wild, 3e4))]
         for scaler, parameter, factor in blocks:
             backward(scaler, parameter, factor)
-            scaler.unscale()
+            unscale(scaler)
         assert calm.grad is not None
         assert calm.grad.tolist() == [2.0] * 3
         assert wild.grad is None
@@ -243,7 +283,7 @@ class TestScaler:
             backward(scalers[0], calm, 1.0)
             backward(scalers[1], wild, 3e4)
             for scaler in scalers:
-                scaler.unscale()
+                unscale(scaler)
         assert [scaler.scaler.get_scale() for scaler in scalers] == [4.0, 2.0]
         assert wild.grad is not None
         assert wild.grad.tolist() == [torch.tensor(3e4).half().item()] * 3
@@ -254,7 +294,7 @@ class TestScaler:
         scales = []
         for _ in range(4):
             backward(scaler, parameter, 1.0)
-            scaler.unscale()
+            unscale(scaler)
             scales.append(scaler.scaler.get_scale())
         assert scales == [4.0, 8.0, 8.0, 16.0]
 
@@ -264,34 +304,34 @@ class TestScaler:
             BlockScaler(torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2), [parameter]) for _ in range(2)
         )
         backward(first, parameter, 3e4)
-        first.unscale()
+        unscale(first)
         backward(first, parameter, 1.0)
-        first.unscale()
+        unscale(first)
         second.scaler.load_state_dict(first.scaler.state_dict())
         backward(second, parameter, 1.0)
-        second.unscale()
+        unscale(second)
         assert second.scaler.get_scale() == 4.0
 
     def test_without_gradients_nothing_happens(self) -> None:
         scaler = make_scaler(make_parameters(None))
-        scaler.unscale()
+        unscale(scaler)
         assert scaler.scaler.get_scale() == 4.0
 
     def test_parameter_without_gradient_beside_one_with_keeps_none(self) -> None:
         first, second = make_parameters(None, None)
         scaler = make_scaler([first, second])
         backward(scaler, first, 1.0)
-        scaler.unscale()
+        unscale(scaler)
         assert second.grad is None
 
     def test_rank_that_never_had_rows_unscales_what_the_others_reduced(self) -> None:
         (parameter,) = make_parameters(torch.full((3,), 8.0))
         scaler = make_scaler([parameter])
-        scaler.unscale()
+        unscale(scaler)
         assert parameter.grad is not None
         assert parameter.grad.tolist() == [2.0] * 3
 
     def test_block_without_parameters_has_a_scaler_too(self) -> None:
         scaler = make_scaler([])
         assert scaler.scale(torch.ones(())).item() == 4.0
-        scaler.unscale()
+        unscale(scaler)
