@@ -191,7 +191,7 @@ class TestOptions:
             {"backend": "cudagraphs"},
             {"backend": lambda graph, inputs: graph.forward},
         ],
-        ids=repr,
+        ids=["reduce-overhead", "max-autotune", "an option of triton", "graphs alone", "a function"],
     )
     def test_what_may_make_graphs_is_copied_from(self, options: dict[str, Any]) -> None:
         assert makes_graphs(options)
