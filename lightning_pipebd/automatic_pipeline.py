@@ -54,7 +54,7 @@ def check_pipeline_request(
     Raises:
         PlanError: Batches would be cut more finely than the exactness that was asked for allows.
         CostError: The costs are of another module.
-        ValueError: Plans shall change between epochs, or be tried.
+        ValueError: Plans shall change between epochs, be tried, or teach ahead.
     """
     if finder.replans:
         raise ValueError(
@@ -65,6 +65,11 @@ def check_pipeline_request(
         raise ValueError(
             "`trials` must be left out for a TeacherStudentModule: its plans are judged by predictions alone. Give a "
             "`plan` to compare it yourself."
+        )
+    if finder.may_teach_ahead:
+        raise ValueError(
+            "`teach_ahead` must be left out for a TeacherStudentModule: its teacher works on the next batch wherever a "
+            "rank would wait. Set `max_in_flight` to say how far ranks may be apart."
         )
     costs = finder.costs
     if costs is not None:

@@ -100,6 +100,7 @@ class PlanFinder:
         memory_limit: Bytes that each rank may use; `None` without.
         trials: Plans to try.
         max_in_flight: Steps by which a rank may run ahead.
+        may_teach_ahead: Whether a plan that is found may have the teacher work one batch ahead.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class PlanFinder:
         max_in_flight: int,
         replan: str | None = None,
         trials: int = 0,
+        may_teach_ahead: bool = False,
     ) -> None:
         if exactness is not None and exactness not in [level.value for level in _LEVELS]:
             raise ValueError(
@@ -122,6 +124,12 @@ class PlanFinder:
             raise ValueError(f"`replan` must be 'epoch' or None, but is {replan!r}. Choose one of them.")
         if trials < 0 or trials == 1:
             raise ValueError(f"`trials` must be 0, or at least 2 plans to compare, but is {trials}. Use 3, or 0.")
+        if may_teach_ahead and plan is not None:
+            raise ValueError(
+                "`teach_ahead` must be left out where `plan` is given, because a plan says so itself. Write it there: "
+                "`ahead 0,2|1,3`."
+            )
+        self.may_teach_ahead = may_teach_ahead
         self.replans = replan is not None
         self.trials = trials
         self.given = plan
@@ -161,6 +169,11 @@ class PlanFinder:
                     f"`costs` must describe the module's {module.num_blocks} blocks, but describe {table.num_blocks}. "
                     "Measure this module."
                 )
+        if plan is not None and plan.teaches_ahead and module.block_momentum is not None:
+            raise PlanError(
+                "`plan` must not teach ahead where each teacher block follows its student block (`momentum`): the next "
+                "batch is the next teacher's. Leave `ahead` out."
+            )
         if plan is not None and self.exactness is not None:
             traits = block_traits(module, is_synchronised=_synchronises_norms(strategy))
             check_exactness(plan, traits, self.exactness)
@@ -205,7 +218,13 @@ class PlanFinder:
             )
             outlook.check_memory()
             return outlook
-        return Outlook.find(measurement, cluster, exactness=self.exactness, max_in_flight=self.max_in_flight)
+        return Outlook.find(
+            measurement,
+            cluster,
+            exactness=self.exactness,
+            max_in_flight=self.max_in_flight,
+            may_teach_ahead=self.may_teach_ahead,
+        )
 
     def _measure(
         self,

@@ -66,6 +66,9 @@ class PipeBDStrategy(Replanning):
         memory_limit: Memory that each rank may use, such as ``"16GiB"``; ``None`` takes what a GPU has free.
         costs: Costs to plan with instead of measuring: a file that ``pipebd plan --save-costs`` wrote, or a
             :class:`~lightning_pipebd.planning.costs.CostTable`.
+        teach_ahead: Whether a plan that is found may have teacher blocks work on the next batch while student blocks
+            learn from the present one: faster where whole jobs are dealt over several ranks. Only for a module whose
+            teacher gives nothing but its boundaries, and hooks that leave teacher and batch alone.
         trials: How many plans to try for some steps, where predictions cannot tell which is the fastest.
         replan: ``"epoch"`` goes on with another plan, and the same student, where the last epoch's times, or frozen
             blocks, make one faster; ``None`` only tells.
@@ -97,6 +100,7 @@ class PipeBDStrategy(Replanning):
         exactness: str | None = None,
         memory_limit: str | int | None = None,
         costs: str | CostTable | Measurement | PipelineMeasurement | None = None,
+        teach_ahead: bool = False,
         trials: int = 0,
         replan: str | None = None,
         max_in_flight: int = 2,
@@ -124,6 +128,7 @@ class PipeBDStrategy(Replanning):
             max_in_flight=max_in_flight,
             replan=replan,
             trials=trials,
+            may_teach_ahead=teach_ahead,
         )
         self._request = PlanRequest(finder, PipelineOptions(num_micro_batches, schedule, split_backward))
         self._found: FoundPlan | FoundPipeline | None = None

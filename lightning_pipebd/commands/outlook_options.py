@@ -22,7 +22,16 @@ from lightning_pipebd.planning.quantities import parse_bytes
 from lightning_pipebd.plans import save_plan
 from lightning_pipebd.plots import draw_timelines, predicted_spans
 
-__all__ = ["add_options", "describe", "draw_outlook", "make_cluster", "report", "with_links", "with_options"]
+__all__ = [
+    "add_options",
+    "describe",
+    "draw_outlook",
+    "find_outlook",
+    "make_cluster",
+    "report",
+    "with_links",
+    "with_options",
+]
 
 CostsT = TypeVar("CostsT", CostTable, PipelineMeasurement)
 _NUM_DRAWN_STEPS = 6
@@ -38,6 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         cluster.add_argument(f"--{where}link-latency-ms", type=float, help=f"time of an empty message {name}")
         cluster.add_argument(f"--{where}link-bytes-per-ms", type=float, help=f"bandwidth of a link {name}")
     parser.add_argument("--exactness", choices=[Exactness.BITWISE.value, Exactness.SUMMATION.value])
+    parser.add_argument("--teach-ahead", action="store_true", help="the teacher may work one batch ahead")
     parser.add_argument("--max-in-flight", type=int, default=2, help="steps by which a rank may run ahead")
     whole = parser.add_argument_group("whole students", "chosen with the plan, unless they are given")
     whole.add_argument("--num-micro-batches", type=int, help="parts of a batch along time")
@@ -58,6 +68,21 @@ def make_cluster(options: argparse.Namespace, device_class: str) -> Cluster:
         device_class=device_class,
         ranks_per_node=options.ranks_per_node,
         memory_limit_bytes=None if options.memory is None else parse_bytes(options.memory, "--memory"),
+    )
+
+
+def find_outlook(measurement: Measurement, cluster: Cluster, options: argparse.Namespace) -> Outlook:
+    """Find the plan that the options ask for.
+
+    Raises:
+        PlanError: Nothing fits the memory.
+    """
+    return Outlook.find(
+        measurement,
+        cluster,
+        exactness=options.exactness,
+        max_in_flight=options.max_in_flight,
+        may_teach_ahead=options.teach_ahead,
     )
 
 

@@ -7,11 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from lightning_pipebd.commands.measured import measure_configured
-from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_options
+from lightning_pipebd.commands.outlook_options import add_options, find_outlook, make_cluster, report, with_options
 from lightning_pipebd.commands.pipeline_answer import plan_pipeline
 from lightning_pipebd.commands.waiting import waiting
 from lightning_pipebd.cost_tables import load_measurement, save_measurement
-from lightning_pipebd.planning.outlook import Outlook
 from lightning_pipebd.planning.pipeline_costs import PipelineMeasurement
 
 __all__ = ["make_parser", "run"]
@@ -66,7 +65,7 @@ def run(arguments: Sequence[str]) -> int:
         cluster = make_cluster(options, measurement.costs.devices[0].device_class)
         if options.save_costs:
             save_measurement(measurement, options.save_costs)
-        outlook = Outlook.find(measurement, cluster, exactness=options.exactness, max_in_flight=options.max_in_flight)
+        outlook = find_outlook(measurement, cluster, options)
         report(options, outlook)
     except (ValueError, OSError, ImportError) as error:
         sys.stderr.write(f"{error}\n")

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from lightning_pipebd.commands.outlook_options import add_options, make_cluster, report, with_options
+from lightning_pipebd.commands.outlook_options import add_options, find_outlook, make_cluster, report, with_options
 from lightning_pipebd.commands.pipeline_answer import foresee_pipeline
 from lightning_pipebd.cost_tables import load_measurement
 from lightning_pipebd.planning.explain import Exactness
@@ -71,7 +71,7 @@ def _foresee(options: argparse.Namespace, measurement: Measurement) -> Outlook:
     measurement = with_options(measurement, options, num_rows=options.rows)
     cluster = make_cluster(options, measurement.costs.devices[0].device_class)
     if options.plan is None:
-        return Outlook.find(measurement, cluster, exactness=options.exactness, max_in_flight=options.max_in_flight)
+        return find_outlook(measurement, cluster, options)
     outlook = Outlook(
         plan=_read_plan(options.plan, measurement.costs.num_blocks, options.devices),
         measurement=measurement,

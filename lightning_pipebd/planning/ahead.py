@@ -1,7 +1,7 @@
 """Teachers one batch ahead: programs for plans in which a rank's rows come round by other ranks.
 
 A rank with an early and a late teacher block would wait, within a step, for the teacher blocks between, and so would
-one with an early teacher block and a late student block. So in such a plan every teacher job works on the next batch:
+one with an early teacher block and a late student block. If it says so, teacher jobs work on the next batch:
 
     a step      TEACH the next batch, LEARN the present one, whose boundaries were made a step ago
     one rank    teacher blocks up to the first that needs rows which come round; some student blocks, for which all
@@ -19,6 +19,7 @@ without a successor that is known (the last) leaves the teacher blocks idle.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -27,11 +28,11 @@ from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.program import TARGETS, Action, Kind, Program
 from lightning_pipebd.planning.routing import Message, route
 
-__all__ = ["compile_ahead", "steady_programs", "teaches_ahead"]
+__all__ = ["compile_ahead", "steady_programs", "teaches_ahead", "with_teacher_ahead"]
 
 
 def teaches_ahead(plan: Plan, *, has_momentum: bool = False) -> bool:
-    """Tell whether the plan's teacher blocks work one batch ahead: no job is split, and rows come round.
+    """Tell whether the plan's teacher blocks work one batch ahead: it wants that, and rows come round.
 
     Args:
         plan: Who computes what.
@@ -47,13 +48,19 @@ def teaches_ahead(plan: Plan, *, has_momentum: bool = False) -> bool:
         ...                 "num_ranks": 2,
         ...                 "teacher": [[[0, 1]], [[1, 1]], [[0, 1]]],
         ...                 "student": [[[0, 1]], [[1, 1]], [[0, 1]]],
+        ...                 "teaches_ahead": True,
         ...             }
         ...         )
         ...     ),
         ... )
         (False, True)
     """
-    return not (has_momentum or plan.has_split_students or plan.has_split_teachers) and bool(round_trips(plan, 1))
+    return plan.teaches_ahead and not has_momentum and bool(round_trips(plan, 1))
+
+
+def with_teacher_ahead(plan: Plan) -> Plan:
+    """Give the plan with teacher blocks that work one batch ahead, if it has rows that come round."""
+    return replace(plan, teaches_ahead=bool(round_trips(plan, 1)))
 
 
 def steady_programs(

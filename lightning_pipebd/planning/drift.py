@@ -109,7 +109,11 @@ def find_better(
     present = replace(outlook, measurement=measurement)
     try:
         better = Outlook.find(
-            measurement, outlook.cluster, exactness=outlook.exactness_wanted, max_in_flight=outlook.max_in_flight
+            measurement,
+            outlook.cluster,
+            exactness=outlook.exactness_wanted,
+            max_in_flight=outlook.max_in_flight,
+            may_teach_ahead=outlook.may_teach_ahead,
         )
     except PlanError:
         # Only a plan like that which the user gave fits the memory.

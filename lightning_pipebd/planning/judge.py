@@ -59,6 +59,7 @@ class Judge:
         target_blocks: Student blocks whose loss reads the labels.
         max_in_flight: Steps by which a sender may be ahead of its receiver.
         has_momentum: Whether each teacher block follows its student block.
+        may_teach_ahead: Whether plans that teach one batch ahead may be looked for.
     """
 
     costs: CostTable
@@ -67,6 +68,7 @@ class Judge:
     target_blocks: Collection[int] = ()
     max_in_flight: int = 2
     has_momentum: bool = False
+    may_teach_ahead: bool = False
 
     @staticmethod
     def can_simulate(plan: Plan) -> bool:

@@ -56,7 +56,12 @@ class Measurement(PlainData):
             )
 
     def find_plan(
-        self, cluster: Cluster, *, exactness: Exactness | str | None = None, max_in_flight: int = 2
+        self,
+        cluster: Cluster,
+        *,
+        exactness: Exactness | str | None = None,
+        max_in_flight: int = 2,
+        may_teach_ahead: bool = False,
     ) -> PlanChoice:
         """Find the plan with the smallest step time for the measured batch; see :func:`find_plan`.
 
@@ -72,4 +77,5 @@ class Measurement(PlainData):
             target_blocks=self.target_blocks,
             max_in_flight=max_in_flight,
             has_momentum=self.has_momentum,
+            may_teach_ahead=may_teach_ahead,
         )

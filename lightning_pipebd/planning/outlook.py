@@ -38,6 +38,7 @@ class Outlook:
         max_in_flight: Steps by which a rank may run ahead.
         choice: The planner's choice; `None` for a plan that was given.
         exactness_wanted: What the planner was told; see :func:`find_plan`.
+        may_teach_ahead: What it was told of that.
     """
 
     plan: Plan
@@ -46,6 +47,7 @@ class Outlook:
     max_in_flight: int = 2
     choice: PlanChoice | None = None
     exactness_wanted: Exactness | str | None = None
+    may_teach_ahead: bool = False
 
     @classmethod
     def find(
@@ -55,13 +57,16 @@ class Outlook:
         *,
         exactness: Exactness | str | None = None,
         max_in_flight: int = 2,
+        may_teach_ahead: bool = False,
     ) -> Outlook:
         """Find the best plan; see :meth:`Measurement.find_plan`.
 
         Raises:
             PlanError: Nothing fits the memory.
         """
-        choice = measurement.find_plan(cluster, exactness=exactness, max_in_flight=max_in_flight)
+        choice = measurement.find_plan(
+            cluster, exactness=exactness, max_in_flight=max_in_flight, may_teach_ahead=may_teach_ahead
+        )
         return cls(
             plan=choice.plan,
             measurement=measurement,
@@ -69,6 +74,7 @@ class Outlook:
             max_in_flight=max_in_flight,
             choice=choice,
             exactness_wanted=exactness,
+            may_teach_ahead=may_teach_ahead,
         )
 
     @cached_property

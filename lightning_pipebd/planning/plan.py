@@ -71,9 +71,11 @@ class Plan:
         num_ranks: Ranks the plan speaks about, at least 1. A rank without any job is allowed.
         teacher: For every block, the shares of its teacher job in row order: positive, sum exactly 1, a rank once.
         student: The same for the student jobs; as many blocks as `teacher`.
+        teaches_ahead: Whether the teacher blocks work one batch ahead where rows come round by other ranks.
 
     Raises:
-        PlanError: A law above is broken; the message names the job.
+        PlanError: A law above is broken; the message names the job. Or teacher blocks shall work ahead though the rows
+            of a job are divided.
         TypeError: A share is not an exact fraction, or a rank is not an integer.
 
     Example:
@@ -87,6 +89,7 @@ class Plan:
     num_ranks: int
     teacher: tuple[tuple[Share, ...], ...]
     student: tuple[tuple[Share, ...], ...]
+    teaches_ahead: bool = False
 
     def __post_init__(self) -> None:
         # Lists and plain pairs are welcome, but a plan must be hashable: programs are cached by it.
@@ -104,6 +107,11 @@ class Plan:
         for side, jobs in (("teacher", self.teacher), ("student", self.student)):
             for block, shares in enumerate(jobs):
                 _check_shares(f"{side}[{block}]", shares, self.num_ranks)
+        if self.teaches_ahead and (self.has_split_students or self.has_split_teachers):
+            raise PlanError(
+                "`teaches_ahead` must be false for a plan that divides the rows of a job, but is true. Give every job "
+                "to one rank, or leave `teaches_ahead` out."
+            )
 
     @classmethod
     def straight(cls, sizes: Sequence[int]) -> Plan:
@@ -150,16 +158,18 @@ class Plan:
             PlanError: A key is missing or unknown, a job is not a list of `[rank, share]` pairs, or a share is no
                 fraction such as `"1/3"`; and whatever the plan itself refuses.
         """
-        if set(data) != {"num_ranks", "teacher", "student"}:
+        if set(data) - {"teaches_ahead"} != {"num_ranks", "teacher", "student"}:
             raise PlanError(
-                f"A plan's keys must be `num_ranks`, `teacher` and `student`, but are {sorted(map(str, data))}. "
-                "Write the three keys of `Plan.to_dict`."
+                "A plan's keys must be `num_ranks`, `teacher` and `student`, with or without `teaches_ahead`, but are "
+                f"{sorted(map(str, data))}. Write the keys of `Plan.to_dict`."
             )
-        num_ranks = data["num_ranks"]
+        num_ranks, is_ahead = data["num_ranks"], data.get("teaches_ahead", False)
+        if not isinstance(is_ahead, bool):
+            raise PlanError(f"`teaches_ahead` must be true or false, but is {is_ahead!r}. Write one of them.")
         if not isinstance(num_ranks, int):
             raise PlanError(f"`num_ranks` must be an integer, but is {num_ranks!r}. Write the number of ranks.")
         teacher, student = (_read_jobs(side, data[side]) for side in ("teacher", "student"))
-        return cls(num_ranks=num_ranks, teacher=teacher, student=student)
+        return cls(num_ranks=num_ranks, teacher=teacher, student=student, teaches_ahead=is_ahead)
 
     def to_dict(self) -> dict[str, Any]:
         """Describe the plan in strings, integers and lists, fit for YAML and JSON.
@@ -171,7 +181,8 @@ class Plan:
         teacher, student = (
             [[[rank, str(share)] for rank, share in shares] for shares in jobs] for jobs in (self.teacher, self.student)
         )
-        return {"num_ranks": self.num_ranks, "teacher": teacher, "student": student}
+        ahead = {"teaches_ahead": True} if self.teaches_ahead else {}
+        return {"num_ranks": self.num_ranks, "teacher": teacher, "student": student} | ahead
 
     @property
     def num_blocks(self) -> int:

@@ -1,11 +1,12 @@
 """The text form of plans, as people write it on a command line.
 
-    text   = stage { "|" stage }              the stages in turn take the next ranks
+    text   = [ "ahead" ] stage { "|" stage }  the stages in turn take the next ranks
     stage  = ( "-" | item { "," item } ) [ "*" ranks ]
     item   = [ "T" | "S" ] first [ "-" last ] [ ":" share ]
 
 An item without letter is both jobs of its blocks, `T2` only the teacher's, `S2` only the student's. A stage has the
 whole of its blocks unless a share is written. `*2` divides that evenly among two ranks. `-` is a rank without a job.
+`ahead` lets teacher blocks work one batch ahead where rows come round.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = ["format_plan", "has_text_form", "parse_plan"]
 
 _ITEM = re.compile(r"(?P<side>[TS]?)(?P<first>\d+)(-(?P<last>\d+))?(:(?P<share>\d+(/\d+)?))?")
 _JOINT = re.compile(r"joint(\*(?P<ranks>\d+))?")
+_AHEAD = "ahead"
 _FORMS = "`2`, `0-3`, `T2`, `S0-3`, `2:1/4`, or `-` alone for a rank without a job"
 
 
@@ -45,6 +47,9 @@ def parse_plan(text: str, *, num_blocks: int | None = None) -> Plan:
     compact = "".join(text.split())
     if compact.startswith("joint"):
         return _parse_joint(compact, num_blocks)
+    is_ahead = compact.startswith(_AHEAD)
+    # What is left of it keeps its place, which errors tell.
+    text = text.replace(_AHEAD, " " * len(_AHEAD), 1) if is_ahead else text
     jobs: dict[tuple[str, int], list[Share]] = {}
     num_ranks = 0
     for items, ranks in _stages(text):
@@ -60,7 +65,7 @@ def parse_plan(text: str, *, num_blocks: int | None = None) -> Plan:
     _check_blocks(text, {block for _, block in jobs}, num_blocks)
     for (side, block), shares in sorted(jobs.items()):
         _check_sum(text, f"{_SIDES[side]} of block {block}", shares)
-    return _assemble(text, jobs, num_ranks)
+    return _assemble(text, jobs, num_ranks, teaches_ahead=is_ahead)
 
 
 def has_text_form(plan: Plan) -> bool:
@@ -89,7 +94,7 @@ def format_plan(plan: Plan) -> str:
         num_ranks = len(list(group))
         items = _format_items({job: share * num_ranks for job, share in shares.items()}, plan.num_blocks)
         stages.append(items + (f"*{num_ranks}" if num_ranks > 1 else ""))
-    return "|".join(stages)
+    return (f"{_AHEAD} " if plan.teaches_ahead else "") + "|".join(stages)
 
 
 _SIDES = {"T": "teacher", "S": "student"}
@@ -205,7 +210,7 @@ def _check_sum(text: str, job: str, shares: list[Share]) -> None:
         )
 
 
-def _assemble(text: str, jobs: Mapping[tuple[str, int], list[Share]], num_ranks: int) -> Plan:
+def _assemble(text: str, jobs: Mapping[tuple[str, int], list[Share]], num_ranks: int, *, teaches_ahead: bool) -> Plan:
     sides: dict[str, list[tuple[Share, ...]]] = {"T": [], "S": []}
     for block in range(max(block for _, block in jobs) + 1):
         for side, shares in sides.items():
@@ -215,7 +220,8 @@ def _assemble(text: str, jobs: Mapping[tuple[str, int], list[Share]], num_ranks:
                     f"(in {text!r}). Add `{side}{block}` to a stage."
                 )
             shares.append(tuple(jobs[side, block]))
-    return Plan(num_ranks=num_ranks, teacher=tuple(sides["T"]), student=tuple(sides["S"]))
+    teacher, student = tuple(sides["T"]), tuple(sides["S"])
+    return Plan(num_ranks=num_ranks, teacher=teacher, student=student, teaches_ahead=teaches_ahead)
 
 
 def _shares_of(plan: Plan, rank: int) -> dict[tuple[str, int], Fraction]:

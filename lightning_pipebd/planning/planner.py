@@ -88,6 +88,7 @@ def find_plan(
     target_blocks: Collection[int] = (),
     max_in_flight: int = 2,
     has_momentum: bool = False,
+    may_teach_ahead: bool = False,
 ) -> PlanChoice:
     """Find the plan with the smallest steady step time for a batch of `num_rows` rows.
 
@@ -105,6 +106,7 @@ def find_plan(
         target_blocks: Student blocks whose loss reads the labels.
         max_in_flight: Steps by which a rank may run ahead.
         has_momentum: Whether each teacher block follows its student block, and must be on ranks that train it.
+        may_teach_ahead: Whether the plan may have teacher blocks work one batch ahead.
 
     Returns:
         The choice; its plan fits the memory of every rank.
@@ -135,6 +137,7 @@ def find_plan(
         target_blocks=target_blocks,
         max_in_flight=max_in_flight,
         has_momentum=has_momentum,
+        may_teach_ahead=may_teach_ahead,
     )
     return _choose(_find_families(judge, _changing_blocks(costs, traits), level))
 

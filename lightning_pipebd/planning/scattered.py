@@ -1,10 +1,10 @@
 """Scattered plans: whole jobs on any ranks, which balances coarse blocks best without dividing a single row.
 
 Teachers are stateless and students are independent, so nothing asks that a rank's jobs be neighbours; the price is that
-more boundaries travel, and that rows come round by other ranks, for which all teachers work one batch ahead. To balance
-whole jobs best is as hard as packing, so this is a local search: jobs of the busiest rank are moved to other ranks or
-exchanged for other jobs, the most promising by their times first, and kept if the simulator, which knows the price,
-agrees.
+more boundaries travel, and that rows come round by other ranks, for which all teachers may work one batch ahead. To
+balance whole jobs best is as hard as packing, so this is a local search: jobs of the busiest rank are moved to other
+ranks or exchanged for other jobs, the most promising by their times first, and kept if the simulator, which knows the
+price, agrees.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fractions import Fraction
 from heapq import nsmallest
 from math import ceil
 
-from lightning_pipebd.planning.ahead import teaches_ahead
+from lightning_pipebd.planning.ahead import with_teacher_ahead
 from lightning_pipebd.planning.balance import balanced_sizes
 from lightning_pipebd.planning.families import Families, Family
 from lightning_pipebd.planning.judge import Judgement
@@ -98,7 +98,8 @@ class _Trial:
         self.times = times
         self.ranks = ranks
         jobs = [(Share(rank, Fraction(1)),) for rank in ranks]
-        self.plan = Plan(num_ranks=len(times[0]), teacher=tuple(jobs[::2]), student=tuple(jobs[1::2]))
+        plan = Plan(num_ranks=len(times[0]), teacher=tuple(jobs[::2]), student=tuple(jobs[1::2]))
+        self.plan = with_teacher_ahead(plan) if families.judge.may_teach_ahead else plan
         self.judgement: Judgement = families.judge.judge(self.plan)
         self.fits = families.judge.fits(self.judgement.memory)
 
@@ -106,7 +107,7 @@ class _Trial:
     def rating(self) -> tuple[float, bool, float]:
         """How good the plan is, less being better; of equally fast ones it is the one that works on one batch only."""
         step_time_ms, busy = self.judgement.score
-        return step_time_ms, teaches_ahead(self.plan), busy
+        return step_time_ms, self.plan.teaches_ahead, busy
 
     def improved(self) -> _Trial:
         """Move jobs as long as that helps and may be tried."""

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from lightning_pipebd.planning.ahead import teaches_ahead
+from lightning_pipebd.planning.ahead import teaches_ahead, with_teacher_ahead
 from lightning_pipebd.planning.plan import Plan, Share
 
 __all__ = ["ahead_plans", "batches", "plans", "whole_jobs"]
@@ -52,9 +52,9 @@ def batches(draw: st.DrawFn) -> tuple[Plan, int, frozenset[int]]:
 
 
 def whole_jobs(teacher: Sequence[int], student: Sequence[int]) -> Plan:
-    """Give the plan of whole jobs whose blocks are taught, and learned, by these ranks."""
+    """Give the plan of whole jobs that these ranks teach, and learn; one batch ahead, where rows come round."""
     sides = [tuple((Share(rank, Fraction(1)),) for rank in ranks) for ranks in (teacher, student)]
-    return Plan(num_ranks=max(*teacher, *student) + 1, teacher=sides[0], student=sides[1])
+    return with_teacher_ahead(Plan(num_ranks=max(*teacher, *student) + 1, teacher=sides[0], student=sides[1]))
 
 
 @st.composite
