@@ -155,7 +155,7 @@ class PlanFinder:
         """Raise for what is known to be wrong before anything is measured.
 
         Raises:
-            PlanError: The given plan is less exact than was asked for.
+            PlanError: The given plan is less exact than was asked for, or the teacher of a batch is not known ahead.
             CostError: The costs are of another number of blocks.
         """
         if isinstance(self.costs, PipelineMeasurement):
@@ -169,10 +169,12 @@ class PlanFinder:
                     f"`costs` must describe the module's {module.num_blocks} blocks, but describe {table.num_blocks}. "
                     "Measure this module."
                 )
-        if plan is not None and plan.teaches_ahead and module.block_momentum is not None:
+        is_ahead = self.may_teach_ahead or (plan is not None and plan.teaches_ahead)
+        if is_ahead and module.block_momentum is not None:
+            subject = "`teach_ahead` must be left out" if self.may_teach_ahead else "`plan` must not teach `ahead`"
             raise PlanError(
-                "`plan` must not teach ahead where each teacher block follows its student block (`momentum`): the next "
-                "batch is the next teacher's. Leave `ahead` out."
+                f"{subject} where each teacher block follows its student block (`momentum`), because the next batch "
+                "is the next teacher's. Leave it out."
             )
         if plan is not None and self.exactness is not None:
             traits = block_traits(module, is_synchronised=_synchronises_norms(strategy))

@@ -30,6 +30,11 @@ def test_an_exactness_that_is_never_chosen_is_refused(level: str) -> None:
         PipeBDStrategy(exactness=level)
 
 
+def test_a_given_plan_says_itself_whether_it_teaches_ahead() -> None:
+    with pytest.raises(ValueError, match="`teach_ahead` must be left out where `plan` is given"):
+        PipeBDStrategy(plan="0-1|2-3", teach_ahead=True)
+
+
 def test_a_memory_limit_must_be_bytes() -> None:
     with pytest.raises(ValueError, match="`memory_limit` must be bytes above 0, but is 'much'"):
         PipeBDStrategy(memory_limit="much")

@@ -112,6 +112,7 @@ def test_links_and_rows_that_one_does_not_have(costs: str, capsys: pytest.Captur
         (["--plan", "2 x 0-3", "--exactness", "bitwise"], "2 replicas make it summation"),
         (["--exactness", "bitwise", "--num-micro-batches", "2"], "must keep the student bitwise"),
         (["--plan", "0-1|2-3", "--memory", "10B"], "must fit the memory of every rank"),
+        (["--teach-ahead"], "`--teach-ahead` must be left out for a whole student"),
         (["--memory", "10B"], "which need least of what was tried"),
         (["--num-micro-batches", "0"], "`num_micro_batches` must be at least 1"),
         (["--rows", "0"], "`num_rows` must be at least 1"),

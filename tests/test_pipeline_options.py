@@ -82,6 +82,7 @@ class Manual(Distil):
         (Distil, {"plan": PLAN}, {"sync_batchnorm": True}, "`sync_batchnorm` must be False"),
         (Distil, {"plan": PLAN}, {"callbacks": [StochasticWeightAveraging(0.1)]}, "must see all weights"),
         (Distil, {"plan": PLAN, "trials": 2}, {}, "`trials` must be left out"),
+        (Distil, {"teach_ahead": True}, {}, "`teach_ahead` must be left out for a TeacherStudentModule"),
         (OwnStep, {"plan": PLAN}, {}, "must leave `training_step` alone"),
         (Manual, {"plan": PLAN}, {}, "`automatic_optimization` must be True"),
         (LinearModule, {"num_micro_batches": 2}, {}, "`num_micro_batches` must be left out"),

@@ -80,6 +80,7 @@ def test_another_number_of_rows(costs: str, capsys: pytest.CaptureFixture[str]) 
         (["--plan", "0|1"], "must name every block from 0 to 2, but block 2 is missing"),
         (["--plan", "0|1|2"], "`cluster` must have the plan's 3 ranks, but has 2"),
         (["--plan", "joint", "--exactness", "bitwise"], "`plan` must be bitwise"),
+        (["--plan", "ahead 0,2|1", "--teach-ahead"], "`--teach-ahead` must be left out where `--plan` is given"),
         (["--memory", "150B"], "must leave room for some plan"),
         (["--plan", "0-1|2", "--memory", "150B"], "must fit the memory of every rank"),
         (["--memory", "much"], "`--memory` must be bytes above 0"),
@@ -93,6 +94,18 @@ def test_what_cannot_be_is_refused_in_words(
 ) -> None:
     assert main(["simulate", "--costs", costs, "--devices", "2", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_teacher_works_ahead_where_that_is_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    costs = str(tmp_path / "costs.yaml")
+    save_measurement(Measurement(costs=constant_costs([(2, 1), (2, 7), (2, 4)]), num_rows=8), costs)
+    arguments = ["plan", "--costs", costs, "--devices", "2"]
+    assert run_json(capsys, *arguments)["step_time_ms"] == 10.0
+    found = run_json(capsys, *arguments, "--teach-ahead")
+    assert (found["text"][:6], found["step_time_ms"]) == ("ahead ", 9.0)
+    given = run_json(capsys, "simulate", *arguments[1:], "--plan", found["text"])
+    assert given["step_time_ms"] == 9.0
+    assert Plan.from_dict(given["plan"]).teaches_ahead
 
 
 def test_configuring_what_is_not_measured_is_refused(costs: str, capsys: pytest.CaptureFixture[str]) -> None:

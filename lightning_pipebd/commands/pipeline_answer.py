@@ -34,9 +34,10 @@ def plan_pipeline(options: argparse.Namespace, measured: PipelineMeasurement) ->
 
     Raises:
         PlanError: Nothing fits the memory.
+        ValueError: An option is for blocks that learn by themselves.
         ImportError: A picture is wanted, but matplotlib is not installed.
     """
-    measurement = with_links(measured, options)
+    measurement = _with_links(measured, options)
     if options.save_costs:
         save_measurement(measurement, options.save_costs)
     _report(options, _find(options, measurement))
@@ -49,12 +50,22 @@ def foresee_pipeline(options: argparse.Namespace, measured: PipelineMeasurement)
 
     Raises:
         PlanError: The plan is none, is for other blocks or ranks, is less exact than it must be, or does not fit.
+        ValueError: An option is for blocks that learn by themselves.
         ImportError: A picture is wanted, but matplotlib is not installed.
     """
     num_rows = measured.num_rows if options.rows is None else options.rows
-    measurement = replace(with_links(measured, options), num_rows=num_rows)
+    measurement = replace(_with_links(measured, options), num_rows=num_rows)
     outlook = _find(options, measurement) if options.plan is None else _given(options, measurement)
     _report(options, outlook)
+
+
+def _with_links(measured: PipelineMeasurement, options: argparse.Namespace) -> PipelineMeasurement:
+    if options.teach_ahead:
+        raise ValueError(
+            "`--teach-ahead` must be left out for a whole student: its teacher works on the next batch wherever a rank "
+            "would wait. Say with `--max-in-flight` how far ranks may be apart."
+        )
+    return with_links(measured, options)
 
 
 def _find(options: argparse.Namespace, measurement: PipelineMeasurement) -> PipelineOutlook:

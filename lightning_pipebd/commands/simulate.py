@@ -72,6 +72,11 @@ def _foresee(options: argparse.Namespace, measurement: Measurement) -> Outlook:
     cluster = make_cluster(options, measurement.costs.devices[0].device_class)
     if options.plan is None:
         return find_outlook(measurement, cluster, options)
+    if options.teach_ahead:
+        raise ValueError(
+            "`--teach-ahead` must be left out where `--plan` is given, because a plan says so itself. Write it there: "
+            "`ahead 0,2|1,3`."
+        )
     outlook = Outlook(
         plan=_read_plan(options.plan, measurement.costs.num_blocks, options.devices),
         measurement=measurement,

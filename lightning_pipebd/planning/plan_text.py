@@ -23,7 +23,7 @@ __all__ = ["format_plan", "has_text_form", "parse_plan"]
 
 _ITEM = re.compile(r"(?P<side>[TS]?)(?P<first>\d+)(-(?P<last>\d+))?(:(?P<share>\d+(/\d+)?))?")
 _JOINT = re.compile(r"joint(\*(?P<ranks>\d+))?")
-_AHEAD = "ahead"
+_AHEAD = re.compile(r"\s*ahead\s")
 _FORMS = "`2`, `0-3`, `T2`, `S0-3`, `2:1/4`, or `-` alone for a rank without a job"
 
 
@@ -31,12 +31,13 @@ def parse_plan(text: str, *, num_blocks: int | None = None) -> Plan:
     """Read a plan from its text form; spaces are ignored.
 
     Args:
-        text: Stages separated by `|`, such as `0-1*2|2,T3|S3`; or `joint*4`, every job evenly on four ranks.
+        text: Stages separated by `|`, such as `0-1*2|2,T3|S3` or `ahead 0,2|1`; or `joint*4`, every job evenly on four
+            ranks.
         num_blocks: Blocks the plan must have; `None` takes the highest block in the text. `joint*4` needs it.
 
     Raises:
         PlanError: A token is not understood (named with its position), a job is missing or given away twice, or the
-            blocks are not those of `num_blocks`.
+            blocks are not those of `num_blocks`. Or the plan itself is refused; see :class:`Plan`.
 
     Example:
         >>> parse_plan("0-1 | 2") == Plan.straight([2, 1])
@@ -47,12 +48,10 @@ def parse_plan(text: str, *, num_blocks: int | None = None) -> Plan:
     compact = "".join(text.split())
     if compact.startswith("joint"):
         return _parse_joint(compact, num_blocks)
-    is_ahead = compact.startswith(_AHEAD)
-    # What is left of it keeps its place, which errors tell.
-    text = text.replace(_AHEAD, " " * len(_AHEAD), 1) if is_ahead else text
+    ahead = _AHEAD.match(text)
     jobs: dict[tuple[str, int], list[Share]] = {}
     num_ranks = 0
-    for items, ranks in _stages(text):
+    for items, ranks in _stages(text, ahead.end() if ahead else 0):
         for item in items:
             for side, block in item.jobs():
                 shares = jobs.setdefault((side, block), [])
@@ -65,7 +64,7 @@ def parse_plan(text: str, *, num_blocks: int | None = None) -> Plan:
     _check_blocks(text, {block for _, block in jobs}, num_blocks)
     for (side, block), shares in sorted(jobs.items()):
         _check_sum(text, f"{_SIDES[side]} of block {block}", shares)
-    return _assemble(text, jobs, num_ranks, teaches_ahead=is_ahead)
+    return _assemble(text, jobs, num_ranks, teaches_ahead=ahead is not None)
 
 
 def has_text_form(plan: Plan) -> bool:
@@ -94,7 +93,7 @@ def format_plan(plan: Plan) -> str:
         num_ranks = len(list(group))
         items = _format_items({job: share * num_ranks for job, share in shares.items()}, plan.num_blocks)
         stages.append(items + (f"*{num_ranks}" if num_ranks > 1 else ""))
-    return (f"{_AHEAD} " if plan.teaches_ahead else "") + "|".join(stages)
+    return ("ahead " if plan.teaches_ahead else "") + "|".join(stages)
 
 
 _SIDES = {"T": "teacher", "S": "student"}
@@ -128,8 +127,8 @@ class _Item(NamedTuple):
                 yield side, block
 
 
-def _stages(text: str) -> Iterator[tuple[list[_Item], int]]:
-    for stage in _split(_Token(text, 1, text), "|"):
+def _stages(text: str, start: int) -> Iterator[tuple[list[_Item], int]]:
+    for stage in _split(_Token(text[start:], start + 1, text), "|"):
         body, star, count = stage.text.partition("*")
         ranks = 1
         if star:

@@ -99,7 +99,8 @@ class _Trial:
         self.ranks = ranks
         jobs = [(Share(rank, Fraction(1)),) for rank in ranks]
         plan = Plan(num_ranks=len(times[0]), teacher=tuple(jobs[::2]), student=tuple(jobs[1::2]))
-        self.plan = with_teacher_ahead(plan) if families.judge.may_teach_ahead else plan
+        may_teach_ahead = families.judge.may_teach_ahead and not families.judge.has_momentum
+        self.plan = with_teacher_ahead(plan) if may_teach_ahead else plan
         self.judgement: Judgement = families.judge.judge(self.plan)
         self.fits = families.judge.fits(self.judgement.memory)
 

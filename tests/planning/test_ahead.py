@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from textwrap import dedent
 
 import pytest
@@ -58,10 +59,12 @@ def epochs(draw: st.DrawFn) -> tuple[Plan, Steps, frozenset[int]]:
         (THERE_AND_BACK, True),  # a late teacher block
         (whole_jobs([0, 1], [1, 0]), True),  # a late student block
         (whole_jobs([0, 0, 0], [1, 2, 0]), False),  # its own rows never leave the rank
-        (Plan.from_dict({**THERE_AND_BACK.to_dict(), "student": [[[0, "1/2"], [1, "1/2"]]] * 3}), False),
+        (replace(THERE_AND_BACK, teaches_ahead=False), False),  # nobody has asked for it
+        (parse_plan("ahead 0|1|2"), False),  # nothing comes round
+        (parse_plan("ahead 0,2|1"), True),
     ],
 )
-def test_teacher_blocks_work_ahead_where_whole_jobs_wait_for_rows_that_come_round(plan: Plan, is_ahead: bool) -> None:
+def test_teacher_blocks_work_ahead_if_told_to_where_rows_come_round(plan: Plan, is_ahead: bool) -> None:
     assert teaches_ahead(plan) is is_ahead
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_pipebd.planning.ahead import compile_ahead, steady_programs, teaches_ahead
+from lightning_pipebd.planning.ahead import compile_ahead, steady_programs
 from lightning_pipebd.planning.cluster import Cluster
 from lightning_pipebd.planning.costs import BlockSizes, CostTable, LinkCost
 from lightning_pipebd.planning.explain import explain_plan
@@ -103,14 +103,22 @@ def sized_costs_of_two() -> CostTable:
     return replace(costs, boundary_bytes_per_row=(1, 10, 100))
 
 
-def test_planner_takes_whole_jobs_whose_rows_come_round_unless_the_teacher_has_momentum() -> None:
+@pytest.mark.parametrize(
+    ("options", "is_ahead", "step_time_ms"),
+    [
+        ({}, False, 10.0),
+        ({"may_teach_ahead": True}, True, 9.0),
+        ({"may_teach_ahead": True, "has_momentum": True}, False, 12.0),
+    ],
+)
+def test_planner_teaches_ahead_where_it_may_unless_the_teacher_has_momentum(
+    options: dict[str, bool], is_ahead: bool, step_time_ms: float
+) -> None:
     costs = constant_costs([(2, 1), (2, 7), (2, 4)])
-    ahead = find_plan(costs, Cluster.uniform(2), num_rows=8, exactness="bitwise")
-    assert ahead.family is Family.SCATTERED
-    assert ahead.step_time_ms == pytest.approx(9.0)
-    beside = find_plan(costs, Cluster.uniform(2), num_rows=8, exactness="bitwise", has_momentum=True)
-    assert not teaches_ahead(beside.plan, has_momentum=True)
-    assert beside.step_time_ms > ahead.step_time_ms
+    found = find_plan(costs, Cluster.uniform(2), num_rows=8, exactness="bitwise", **options)
+    assert found.step_time_ms == pytest.approx(step_time_ms)
+    assert found.plan.teaches_ahead is is_ahead
+    assert not is_ahead or found.family is Family.SCATTERED
 
 
 def test_given_plan_of_a_momentum_teacher_has_the_price_of_its_own_programs() -> None:

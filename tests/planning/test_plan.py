@@ -188,7 +188,8 @@ def test_hand_written_yaml_needs_no_quotes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ranks": 2}, r"keys must be `num_ranks`, `teacher` and `student`, but are .*'ranks'"),
+        ({"ranks": 2}, r"keys must be `num_ranks`, `teacher` and `student`, with or.*, but are .*'ranks'"),
+        ({"teaches_ahead": 1}, "`teaches_ahead` must be true or false, but is 1"),
         ({"num_ranks": "2"}, "`num_ranks` must be an integer, but is '2'"),
         ({"teacher": "0"}, "`teacher` must be a list with one entry per block, but is '0'"),
         ({"teacher": [0]}, r"`teacher\[0\]` must be a list of `\[rank, share\]` pairs, but is 0"),

@@ -7,7 +7,7 @@ from hypothesis import given
 
 from lightning_pipebd.planning.plan import Plan, PlanError, Share
 from lightning_pipebd.planning.plan_text import format_plan, has_text_form, parse_plan
-from tests.helpers.plans import plans
+from tests.helpers.plans import ahead_plans, plans
 
 WHOLE = Fraction(1)
 QUARTER = Fraction(1, 4)
@@ -57,7 +57,15 @@ def test_teacher_and_student_of_one_block_may_have_different_shares() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["0-1,2:1/4|2:3/4,3-5", "0-1,T2|S2,3", "0,1:1/2*2|1:1/2", "0-1,S3|T2-3|S2", "T0-3|S0-3", "T0:1/2,S0|T0:1/2,1"],
+    [
+        "0-1,2:1/4|2:3/4,3-5",
+        "0-1,T2|S2,3",
+        "0,1:1/2*2|1:1/2",
+        "0-1,S3|T2-3|S2",
+        "T0-3|S0-3",
+        "T0:1/2,S0|T0:1/2,1",
+        "ahead 0,2|1",
+    ],
 )
 def test_canonical_text_prints_as_it_was_read(text: str) -> None:
     assert format_plan(parse_plan(text)) == text
@@ -71,6 +79,7 @@ def test_canonical_text_prints_as_it_was_read(text: str) -> None:
         ("T0,S0|1", "0|1"),
         ("0:2/4|0:1/2", "0*2"),
         ("0-1*1|2", "0-1|2"),
+        (" ahead\t0,2 |1", "ahead 0,2|1"),
     ],
 )
 def test_other_ways_to_write_a_plan_print_in_canonical_form(text: str, canonical: str) -> None:
@@ -84,6 +93,12 @@ def test_joint_needs_only_the_number_of_ranks_where_blocks_are_known() -> None:
 @given(plan=plans(is_ascending=True))
 def test_plan_with_ascending_ranks_comes_back_from_its_text(plan: Plan) -> None:
     assert parse_plan(format_plan(plan), num_blocks=plan.num_blocks) == plan
+
+
+@given(plan=ahead_plans())
+def test_plan_that_teaches_ahead_comes_back_from_its_text_and_its_dictionary(plan: Plan) -> None:
+    assert plan.teaches_ahead
+    assert parse_plan(format_plan(plan), num_blocks=plan.num_blocks) == Plan.from_dict(plan.to_dict()) == plan
 
 
 @given(plan=plans())
@@ -117,6 +132,10 @@ def test_plan_in_another_row_order_has_no_text_form() -> None:
         ("0:5/4", "token '0:5/4' at character 1 has a share that is not above 0 and at most 1"),
         ("0:0|0", "token '0:0' at character 1 has a share that is not above 0"),
         ("0:1/0|0", "token '0:1/0' at character 1 has a share that is not above 0"),
+        ("ahead 0,2|x", r"token 'x' at character 11 is not understood \(in 'ahead 0,2\|x'\)"),
+        ("ahead0|1", "token 'ahead0' at character 1 is not understood"),
+        ("ahead joint", "token 'joint' at character 7 is not understood"),
+        ("ahead 0*2", "`teaches_ahead` must be false for a plan that divides the rows of a job, but is true"),
         ("0|1,T1", "token 'T1' at character 5 names the teacher of block 1 twice"),
         ("0:1/2,S0:1/2|0:1/2", "token 'S0:1/2' at character 7 names the student of block 0 twice"),
     ],

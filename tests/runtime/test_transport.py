@@ -497,6 +497,7 @@ class TestGroups:
         fake = FakeGroups("cpu:gloo,cuda:nccl")
         monkeypatch.setattr(transport_module, "dist", fake)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(transport_module, "CudaMemory", lambda device: None)  # would start CUDA
         return fake
 
     def connect(self, **options: Any) -> ProcessGroupTransport:
