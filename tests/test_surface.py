@@ -36,6 +36,7 @@ PARAMETERS = {
         "*, exactness=None",
         "memory_limit=None",
         "costs=None",
+        "teach_ahead=False",
         "trials=0",
         "replan=None",
         "max_in_flight=2",

@@ -4,7 +4,8 @@
 
 Emulated is the compute of the blocks, and the loading where the table has a time for it. Processes, Lightning's loop,
 relay, queues, logging, checkpoints and optimizers are real. For each cost table the automatic plan is found from that
-very table; the best plans of the other families are run beside it, all in one set of processes. Times are scaled so
+very table, and its teacher may work a batch ahead; the best plans of the other families are run beside it, all in one
+set of processes. Times are scaled so
 that the work of a step, spread evenly over the ranks, takes ``--work-ms``: this is the work bound.
 
 Utilisation is work bound / step time. The work bound takes every job at the best rate that it has at any number of
@@ -122,11 +123,11 @@ def run_rank(
             fits.append((plan_name, result._replace(choice=None)))  # noqa: B023
             return result
 
-        choice = train(None, costs=table.costs).choice
+        choice = train(None, costs=table.costs, teach_ahead=True).choice
         assert choice is not None, "costs were given, and no plan"
         for repeat in range(repeats):
             if measures:
-                train(_MEASURED)
+                train(_MEASURED, teach_ahead=True)
             if only_automatic:
                 if repeat:
                     train(str(choice.family), plan=choice.plan)

@@ -100,8 +100,7 @@ def find_plan(
         cluster: Ranks to use; all are in the plan, but some may have no job.
         num_rows: Rows of the batch; a plan never changes it.
         exactness: How closely the student of one process must be reproduced. `bitwise` divides no rows, `None` and
-            `summation` divide the rows of blocks that permit it, `statistics` divides others, too, but only if nothing
-            else fits the memory.
+            `summation` divide the rows of blocks that permit it, `statistics` also others if nothing else fits.
         traits: One entry per block, for exactness; empty if no block has statistics or random draws.
         target_blocks: Student blocks whose loss reads the labels.
         max_in_flight: Steps by which a rank may run ahead.
@@ -113,8 +112,7 @@ def find_plan(
 
     Raises:
         PlanError: Nothing fits the memory; the message has what every rank would need.
-        ValueError: `num_rows` is below 1, `exactness` is unknown, `traits` are of another model, a target block
-            does not exist, or `max_in_flight` is below 1.
+        ValueError: A number is below 1, `exactness` unknown, or `traits` or a target block are of another model.
 
     Example:
         >>> from lightning_pipebd.planning.costs import BlockSizes, BlockTimes, Curve, DeviceTimes
