@@ -76,6 +76,7 @@ class BlockJobs:
         """Give some rows' part of the batch's mean loss, detached; :meth:`settle` adds its gradients."""
         is_part = rows.num_rows < num_rows
         first_row = rows.start if is_part else 0
+        self._backward.begin()
         with self._context():
             loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
         if is_part:

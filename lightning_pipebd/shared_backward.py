@@ -8,10 +8,13 @@ small block's own work; a large block's is not worth keeping another one's activ
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
+from torch._C._autograd import _get_sequence_nr
+from torch.autograd.function import BackwardCFunction
 from torch.utils import _pytree as pytree
 
 __all__ = ["SharedBackward"]
@@ -20,13 +23,18 @@ __all__ = ["SharedBackward"]
 _SMALL_BLOCK_BYTES = 512 * 1024
 _MOST_BYTES = 4 * 1024 * 1024
 _LARGE = _MOST_BYTES + 1
+# To weigh a graph takes as long as a shared pass saves.
+_CALLS_PER_WEIGHING = 32
+_PARAMETER, _COPY = "torch::autograd::AccumulateGrad", "torch::autograd::CopySlices"
 
 
-class _Weight(NamedTuple):
-    """What a block's graph keeps, and the size of the boundary that it was given then."""
+@dataclass
+class _Weight:
+    """The most that a block's graphs of one number of operations kept, and the largest boundary that made one."""
 
-    boundary_bytes: int
-    kept_bytes: int
+    boundary_bytes: int = -1
+    kept_bytes: int = 0
+    num_calls: int = 0
 
 
 class SharedBackward:
@@ -40,33 +48,50 @@ class SharedBackward:
         self._backward = backward
         self._losses: list[Tensor] = []
         self._num_bytes = 0
-        self._weights: dict[int, _Weight] = {}
+        self._weights: dict[tuple[int, int], _Weight] = {}
+        self._begin = 0
 
     @property
     def is_full(self) -> bool:
         """Whether nothing more is to be put off before :meth:`settle`."""
         return self._num_bytes > _MOST_BYTES
 
+    def begin(self) -> None:
+        """Note that the graph of a block's loss begins here: what is made until :meth:`add` belongs to it."""
+        self._begin = _get_sequence_nr()
+
     def add(self, block: int, boundary: Any, loss: Tensor) -> None:
         """Put the backward pass of a block's loss off.
 
         Args:
             block: Index of the block.
-            boundary: What it was given; a larger one than ever has its graph weighed.
+            boundary: What it was given; one larger than ever has the graph weighed, as a new number of operations has.
             loss: Its loss.
         """
-        boundary_bytes = _num_bytes(boundary)
-        weight = self._weights.get(block)
-        if weight is None or boundary_bytes > weight.boundary_bytes:
-            weight = self._weights[block] = _Weight(boundary_bytes, _weigh(loss))
+        try:
+            kept_bytes = self._find_weight(block, boundary, loss)
+        except Exception:
+            # User code makes graphs of every kind. A pass too many costs time, an error here the training.
+            kept_bytes = _LARGE
         self._losses.append(loss)
-        self._num_bytes += weight.kept_bytes if weight.kept_bytes <= _SMALL_BLOCK_BYTES else _LARGE
+        self._num_bytes += kept_bytes if kept_bytes <= _SMALL_BLOCK_BYTES else _LARGE
 
     def settle(self) -> None:
         """Run what was put off: then the gradients of all blocks so far are there."""
         losses, self._losses, self._num_bytes = self._losses, [], 0
         if losses:
             self._backward(sum(losses[1:], losses[0]))
+
+    def _find_weight(self, block: int, boundary: Any, loss: Tensor) -> int:
+        # Autograd counts operations anyway. Another path through a supernet has another number of them; paths of one
+        # number are much alike, so that it is enough to look now and then.
+        weight = self._weights.setdefault((block, _get_sequence_nr() - self._begin), _Weight())
+        boundary_bytes = _num_bytes(boundary)
+        if boundary_bytes > weight.boundary_bytes or weight.num_calls % _CALLS_PER_WEIGHING == 0:
+            weight.kept_bytes = max(weight.kept_bytes, _weigh(loss))
+            weight.boundary_bytes = max(weight.boundary_bytes, boundary_bytes)
+        weight.num_calls += 1
+        return weight.kept_bytes
 
 
 def _num_bytes(boundary: Any) -> int:
@@ -89,10 +114,23 @@ def _weigh(loss: Tensor) -> int:
             continue
         seen.add(node)
         name = node.name()
-        if name.startswith("CompiledFunction"):
-            return _LARGE  # what lies behind it cannot be seen
+        if _is_closed(node, name):
+            return _LARGE
         # A layer's transposed weight takes no memory; the last nodes are parameters.
-        if name != "TBackward0" and not name.endswith("AccumulateGrad"):
-            num_bytes += sum(prod(made.shape) * made.dtype.itemsize for made in node._input_metadata)
+        if name != "TBackward0" and name != _PARAMETER:
+            for made in node._input_metadata:
+                if made.is_nested_tensor:
+                    return _LARGE  # its shape is no numbers
+                num_bytes += prod(made.shape) * made.dtype.itemsize
+        if num_bytes > _SMALL_BLOCK_BYTES:
+            return _LARGE
         waiting += [following for following, _ in node.next_functions]
     return num_bytes
+
+
+def _is_closed(node: Any, name: str) -> bool:
+    """Tell whether a node may keep any amount that cannot be seen.
+
+    Functions of the user's and compiled code may, TorchScript and C++ extensions, and recurrent layers' workspaces.
+    """
+    return isinstance(node, BackwardCFunction) or "Rnn" in name or ("::" in name and name not in (_PARAMETER, _COPY))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,10 +26,10 @@ class Learner:
         self.num_passes += 1
         torch.autograd.backward(loss)
 
-    def learn(self, block: int, boundary: Tensor) -> Tensor:
-        loss: Tensor = self.blocks[block](boundary).square().mean()
-        self.shared.add(block, boundary, loss)
-        return loss
+    def learn(self, block: int, boundary: Tensor, path: Callable[[Any], Any] | None = None) -> None:
+        self.shared.begin()
+        output = self.blocks[block](boundary)
+        self.shared.add(block, boundary, (output if path is None else path(output)).square().mean())
 
     def gradients(self) -> list[Tensor]:
         found = [parameter.grad for block in self.blocks for parameter in block.parameters()]
@@ -75,6 +77,90 @@ def test_a_larger_boundary_is_weighed_again() -> None:
         learner.learn(0, torch.randn(rows, 8))
         assert learner.shared.is_full == is_full
         learner.shared.settle()
+
+
+def test_another_path_through_a_block_is_weighed_by_itself() -> None:
+    learner, boundary = Learner([8]), torch.randn(ROWS, 8)
+
+    def wide(output: Tensor) -> Tensor:
+        return output.repeat(1, 512).sin()
+
+    for path, is_full in ((None, False), (wide, True), (None, False), (wide, True)):
+        learner.learn(0, boundary, path)
+        assert learner.shared.is_full == is_full
+        learner.shared.settle()
+
+
+def test_a_wider_path_of_as_many_operations_is_noticed_in_time_and_remembered() -> None:
+    learner, boundary = Learner([8]), torch.randn(ROWS, 8)
+    found = []
+    for width in [1, *[512] * 32, 1]:
+        learner.learn(0, boundary, lambda output, width=width: output.repeat(1, width).sin())
+        found.append(learner.shared.is_full)
+        learner.shared.settle()
+    assert (found.index(True), found[-1]) == (32, True)
+
+
+class Doubled(torch.autograd.Function):
+    """Keeps what nobody sees."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor) -> Tensor:
+        ctx.kept = torch.zeros(2**20)
+        return given * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * 2
+
+
+def nested(layout: torch.layout) -> Callable[[Tensor], Tensor]:
+    def path(output: Tensor) -> Tensor:
+        pieces: Tensor = torch.nested.as_nested_tensor([output[:3], output[3:]], layout=layout)
+        padded: Tensor = torch.nested.to_padded_tensor(pieces * 2, 0.0)
+        return padded
+
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize(
+    "path",
+    [Doubled.apply, nested(torch.strided), nested(torch.jagged), lambda output: nn.LSTM(8, 8)(output)[0]],
+    ids=["function", "strided", "jagged", "recurrent"],
+)
+def test_nothing_waits_for_a_graph_that_holds_what_cannot_be_seen(path: Callable[[Tensor], Tensor]) -> None:
+    learner, boundary = Learner([8]), torch.randn(ROWS, 8)
+    learner.learn(0, boundary, path)
+    assert learner.shared.is_full
+    learner.shared.settle()
+    assert len(learner.gradients()) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_torchscript_is_weighed_until_it_is_one_operation() -> None:
+    learner, boundary = Learner([8]), torch.randn(ROWS, 8)
+    scripted: Any = torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()))
+    found = []
+    for _ in range(4):  # it looks at what it gets before it becomes one
+        learner.learn(0, boundary, scripted)
+        found.append(learner.shared.is_full)
+        learner.shared.settle()
+    assert (found[0], found[-1]) == (False, True)
+
+
+class Sizeless(Tensor):
+    def numel(self) -> int:
+        raise NotImplementedError
+
+
+def test_what_cannot_be_weighed_is_large_and_no_error() -> None:
+    learner, boundary = Learner([8]), torch.randn(ROWS, 8)
+    for _ in range(2):
+        learner.learn(0, boundary.as_subclass(Sizeless), lambda output: output.as_subclass(Tensor))
+        assert learner.shared.is_full
+        learner.shared.settle()
+    assert (len(learner.gradients()), learner.num_passes) == (2, 2)
 
 
 def test_compiled_code_is_not_weighed_and_nothing_waits_for_it() -> None:
