@@ -224,7 +224,7 @@ class PipelineExecutor:
         return piece
 
     def _recv(self, action: PipelineAction, state: StepState) -> None:
-        tree = self._relay.recv(state.step, _wire_number(action), action.rows, action.peer).tree
+        tree = self._relay.recv(state.step, _wire_number(action), action.rows, action.peer, _name(action)).tree
         if action.stream is Stream.WEIGHTS:
             with torch.no_grad():
                 for own, new in zip(self._jobs.weights(action.index), tree, strict=True):
@@ -317,3 +317,18 @@ def _are_alike(one: Any, other: Any) -> bool:
 def _wire_number(action: PipelineAction) -> int:
     """Number what a message is about; the relay knows boundaries by number."""
     return (action.index * len(Stream) + action.stream) * 2 + action.is_next
+
+
+_NAMES = {
+    Stream.BOUNDARY: "boundary {} of the teacher",
+    Stream.HIDDEN: "boundary {} of the student",
+    Stream.GRADIENT: "the gradient of the student's boundary {}",
+    Stream.TARGETS: "what the loss needs",
+    Stream.WEIGHTS: "the weights of student block {}",
+    Stream.INPUTS: "the inputs of both models",
+}
+
+
+def _name(action: PipelineAction) -> str:
+    """Say what a message is about, for people."""
+    return _NAMES[action.stream].format(action.index) + (" of the next batch" if action.is_next else "")

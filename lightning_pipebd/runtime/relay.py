@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_pipebd.planning.plan import Rows
+from lightning_pipebd.planning.program import TARGETS
 from lightning_pipebd.runtime.row_trees import RowTree
 from lightning_pipebd.runtime.transport import Lane, Message, Pending, Transport, TransportError
 
@@ -73,20 +74,26 @@ class Relay:
         message = Message((step, boundary, piece.rows.start, piece.rows.stop), (piece.tree, piece.row_leaves))
         outbox.append((step, self._start(message, peer)))
 
-    def recv(self, step: int, boundary: int, rows: Rows, peer: int) -> RowTree:
+    def recv(self, step: int, boundary: int, rows: Rows, peer: int, name: str = "") -> RowTree:
         """Wait for a boundary.
+
+        Args:
+            step: Step in which it was sent.
+            boundary: Number that it was sent under.
+            rows: Rows that were sent.
+            peer: Rank that sent it.
+            name: What a failure calls it, where numbers do not stand for boundaries.
 
         Raises:
             RelayError: A peer has ended, or the connection to it; or the peer has said that nothing more will come.
         """
         key = (step, peer, boundary, rows)
-        subject = f"boundary {boundary} (rows {rows}) of step {step} will not arrive from rank {peer}"
         with self._changed:
             while key not in self._shelf:
-                if self._failure is not None:
-                    raise RelayError(f"{subject}: {self._failure}") from self._failure
-                if peer in self._finished:
-                    raise RelayError(f"{subject}: it has closed its relay after its last step")
+                if self._failure is not None or peer in self._finished:
+                    subject = f"{name or _name(boundary)}{_in_brackets(rows)} of step {step}"
+                    reason = self._failure or "it has closed its relay after its last step"
+                    raise RelayError(f"{subject} will not arrive from rank {peer}: {reason}") from self._failure
                 self._changed.wait()
             return self._shelf.pop(key)
 
@@ -145,6 +152,18 @@ class Relay:
                 self._changed.wait()
             self._shelf[step, peer, boundary, rows] = RowTree(rows, tree, row_leaves)
             self._changed.notify_all()
+
+
+def _name(number: int) -> str:
+    """Say what is sent under a number: that of a boundary, or below that of the labels if it is of the next batch."""
+    is_next = number < TARGETS
+    boundary = TARGETS - 2 - number if is_next else number
+    what = "the labels" if boundary == TARGETS else f"boundary {boundary}"
+    return f"{what} of the next batch" if is_next else what
+
+
+def _in_brackets(rows: Rows) -> str:
+    return "" if rows.is_empty else f" (rows {rows})"
 
 
 def _unpack(tree: Any) -> tuple[Any, tuple[bool, ...] | None]:

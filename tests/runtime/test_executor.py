@@ -17,11 +17,11 @@ from lightning_pipebd.planning.ahead import compile_ahead
 from lightning_pipebd.planning.compiler import compile_programs
 from lightning_pipebd.planning.plan import Plan, Rows
 from lightning_pipebd.planning.plan_text import parse_plan
-from lightning_pipebd.planning.program import TARGETS, Kind
+from lightning_pipebd.planning.program import TARGETS, Kind, Program
 from lightning_pipebd.runtime.executor import Executor, Jobs, Span
 from lightning_pipebd.runtime.gradients import GradientReducer
 from lightning_pipebd.runtime.local_transport import LocalWorld
-from lightning_pipebd.runtime.relay import Relay
+from lightning_pipebd.runtime.relay import Relay, RelayError
 from lightning_pipebd.runtime.row_trees import RowTree
 from tests.helpers.plans import ahead_plans, plans
 from tests.helpers.ranks import run_threads
@@ -306,6 +306,35 @@ def run_alone(blocks: Jobs, num_blocks: int, **options: Any) -> Executor:
     executor.run(compile_programs(plan, 2)[0], 0, load(plan, 0, 0, 2))
     relay.close()
     return executor
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("PROGRAM rank=0 rows=4\nRECV boundary=5 rows=0:4 from=1", r"boundary 5 \(rows 0:4\) of step 3"),
+        ("PROGRAM rank=0 rows=4\nRECV boundary=targets rows=0:2 from=1", r"the labels \(rows 0:2\) of step 3"),
+        (
+            "PROGRAM rank=0 rows=4 next=4\nRECV boundary=5 rows=0:4 from=1 next",
+            r"boundary 5 of the next batch \(rows 0:4\) of step 3",
+        ),
+        (
+            "PROGRAM rank=0 rows=4 taught\nRECV boundary=0 rows=0:4 from=1",
+            r"boundary 0 of the next batch \(rows 0:4\) of step 2",
+        ),
+        (
+            "PROGRAM rank=0 rows=4 taught\nRECV boundary=targets rows=0:4 from=1",
+            r"the labels of the next batch \(rows 0:4\) of step 2",
+        ),
+    ],
+)
+def test_a_failure_names_what_will_not_arrive_as_programs_know_it(program: str, message: str) -> None:
+    world = LocalWorld(2)
+    executor, relay, _ = make_executor(Plan.straight([3, 3]), world, 0, Blocks(6))
+    executor.run(Program(0, 4, ()), 2, {})
+    world.end(1)
+    with pytest.raises(RelayError, match=f": {message} will not arrive from rank 1: "):
+        executor.run(Program.parse(program), 3, {})
+    relay.abandon()
 
 
 class TestObserving:

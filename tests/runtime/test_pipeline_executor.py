@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lightning_pipebd.planning.pipeline_compiler import PipelineStep, compile_pipeline
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
-from lightning_pipebd.planning.pipeline_program import PipelineKind, Stream
+from lightning_pipebd.planning.pipeline_program import PipelineAction, PipelineKind, PipelineProgram, Stream
 from lightning_pipebd.planning.pipeline_schedule import Schedule
-from lightning_pipebd.runtime.pipeline_executor import PipelineSpan
+from lightning_pipebd.runtime.local_transport import LocalWorld
+from lightning_pipebd.runtime.pipeline_executor import PipelineExecutor, PipelineSpan
+from lightning_pipebd.runtime.relay import Relay, RelayError
 from tests.helpers.pipelines import Task, Trained, train_in_threads, train_in_turn
 from tests.helpers.ranks import RankError
 from tests.helpers.training import max_difference
@@ -224,3 +226,30 @@ def test_a_failure_of_one_rank_ends_all() -> None:
 
     with pytest.raises(RankError, match="the loss is broken"):
         train_in_threads(frozen(loss=broken), PipelinePlan.parse("0|1|2 / 0|1|2-3"), step(), timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        ("RECV boundary=2 rows=0:4 from=1 batch=next", r"boundary 2 of the teacher of the next batch \(rows 0:4\)"),
+        ("RECV hidden=1 rows=2:4 from=1", r"boundary 1 of the student \(rows 2:4\)"),
+        ("RECV gradient=1 rows=0:4 from=1", r"the gradient of the student's boundary 1 \(rows 0:4\)"),
+        ("RECV targets=0 rows=0:4 from=1", r"what the loss needs \(rows 0:4\)"),
+        ("RECV weights=3 from=1", "the weights of student block 3"),
+        ("RECV inputs=0 rows=0:4 from=1 batch=next", r"the inputs of both models of the next batch \(rows 0:4\)"),
+    ],
+    ids=[stream.word for stream in Stream],
+)
+def test_a_failure_names_what_will_not_arrive(action: str, message: str) -> None:
+    world = LocalWorld(2)
+    relay = Relay(world.transports[0], sources=[1], destinations=[])
+    executor = PipelineExecutor(object(), relay, num_teacher_blocks=3, num_student_blocks=4)
+    world.end(1)
+
+    def work_off() -> None:
+        executor.run(PipelineProgram(0, 4, 4, (PipelineAction.parse(action),)), 5, {})
+        executor.finish()
+
+    with pytest.raises(RelayError, match=rf"\({action}\): {message} of step 5 will not arrive from rank 1: "):
+        work_off()
+    relay.abandon()
