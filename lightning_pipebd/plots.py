@@ -28,6 +28,8 @@ _COLOURS = {
 # What comes often and is short says nothing but its kind.
 _WITHOUT_NUMBER = ("LOAD", "LOSS", "UPDATE")
 _LEAST_LABELLED = 0.02
+# How programs of whole students and of blocks say that an action is for the next batch.
+_OF_NEXT = (" batch=next", " next")
 
 
 class DrawnSpan(NamedTuple):
@@ -161,10 +163,12 @@ def make_label(action: str) -> str:
         >>> actions = ("TEACH block=2 rows=0:4 batch=next", "SEND gradient=1 rows=0:4 to=0", "LOSS rows=0:4", "UPDATE")
         >>> [make_label(action) for action in actions]
         ["T2'", 'S1', 'L', 'U']
+        >>> [make_label(action) for action in ("TEACH block=2 rows=0:4 next", "RECV boundary=1 rows=0:4 from=0")]
+        ["T2'", 'R1']
     """
     kind, _, words = action.partition(" ")
     number = "" if kind in _WITHOUT_NUMBER else words.partition("=")[2].split(" ")[0]
-    return f"{kind[0]}{number}" + ("'" if action.endswith(" batch=next") else "")
+    return f"{kind[0]}{number}" + ("'" if words.endswith(_OF_NEXT) else "")
 
 
 def _pyplot() -> Any:
