@@ -396,7 +396,7 @@ class TestVerify:
     def test_the_plan_of_the_configuration_is_judged_and_nothing_is_left_behind(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("PYTHONPATH", os.getcwd())
+        monkeypatch.setattr("lightning_pipebd.commands.short_fit.subprocess.run", run_forked)
         config = write_configuration(tmp_path, default_root_dir=str(tmp_path / "logs"))
         assert main(["verify", "--config", config, "--steps", "7"]) == 0
         text = capsys.readouterr().out
@@ -408,8 +408,10 @@ class TestVerify:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("PYTHONPATH", os.getcwd())
-        config = write_configuration(tmp_path)
-        assert main(["verify", "--config", config, "--steps", "2", "--", "--data.batch_size", "nine"]) == 2
+        plan = {"class_path": "PipeBDStrategy", "init_args": {"plan": "0|1|2-3"}}
+        config = write_configuration(tmp_path, strategy=plan)
+        assert main(["verify", "--config", config, "--steps", "2"]) == 2
         text = capsys.readouterr().err
-        assert "The run with one process failed" in text
-        assert "batch_size" in text
+        # One process, which goes before, has nothing to do with the plan.
+        assert "The run with 2 ranks failed" in text
+        assert "must be for the 2 ranks of this run, but is for 3" in text

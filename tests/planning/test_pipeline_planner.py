@@ -230,7 +230,7 @@ def test_costs_that_cannot_be_are_refused() -> None:
 
 
 @given(TIMES, TIMES, st.sampled_from([0.0, 0.5]), st.sampled_from([None, 2500]), st.booleans())
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_with_replicas_the_best_is_what_trying_everything_finds(
     teacher: list[float], student: list[float], latency_ms: float, limit: int | None, is_full_batch: bool
 ) -> None:

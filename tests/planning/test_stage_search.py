@@ -77,7 +77,7 @@ def searched(stages: StageCosts, cluster: Cluster, max_replicas: int) -> float:
 @pytest.mark.parametrize(
     ("num_seeds", "points", "options"),
     [
-        pytest.param(1500, borders, {"max_blocks": 6, "max_ranks": 5}, id="hybrid"),
+        pytest.param(600, borders, {"max_blocks": 6, "max_ranks": 5}, id="hybrid"),
         pytest.param(150, half_cut_points, {"max_blocks": 4, "max_ranks": 4}, id="half cut"),
         pytest.param(60, halves_of_jobs, {"max_blocks": 2, "max_ranks": 4}, id="fractional"),
         pytest.param(400, borders, {"max_blocks": 5, "max_ranks": 5, "device_classes": "ab"}, id="two kinds"),

@@ -125,10 +125,8 @@ def test_cutting_leaves_the_model_as_it_was(build: Callable[[], nn.Module], boun
 @pytest.mark.parametrize(
     ("build", "boundaries"),
     [
-        pytest.param(models.vgg16_bn, ["features.23", "features.43", "classifier.3"], id="vgg16_bn"),
-        pytest.param(
-            models.vit_b_16, ["encoder.layers.encoder_layer_5", "encoder.layers.encoder_layer_11"], id="vit_b_16"
-        ),
+        pytest.param(models.resnet50, ["layer1", "layer2.1", "layer4"], id="resnet50"),
+        pytest.param(models.swin_t, ["features.1", "features.5", "avgpool"], id="swin_t"),
     ],
 )
 def test_models_of_full_size_can_be_cut(build: Callable[[], nn.Module], boundaries: list[str]) -> None:
