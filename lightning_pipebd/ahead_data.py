@@ -8,7 +8,7 @@ process would draw something else before it: where validation may follow the ste
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 from typing_extensions import override
 
@@ -21,14 +21,23 @@ from lightning_pipebd.runtime.mailbox import Outbox
 __all__ = ["AheadTrainLoader"]
 
 
+class Prepare(Protocol):
+    """Brings a batch to the device, and unpacks it."""
+
+    def __call__(self, batch: AheadBatch, *, is_early: bool) -> None:
+        """Prepare a batch; early if the one before it is not trained on yet."""
+
+
 class AheadTrainLoader(TrainLoader):
     """The loading rank's training loader: whole batches, each announced with the number of rows of the next.
 
     Args:
         row_loader: Loads whole batches.
         outbox: Where headers go; ``None`` without other ranks.
-        prepare: Unpacks a batch that the next one is loaded before.
-        may_look: Tells of a batch, by its number in the epoch, whether the next may be loaded before it is trained on.
+        prepare: Unpacks a batch that the next one is loaded before; told whether the one before it is not trained yet.
+        number: Gives the number in the epoch of the batch that is asked for. Whoever trains counts: a run that goes on
+            may begin with the first batch of the loader in the middle of an epoch.
+        may_look: Tells of a batch, by its number, whether the next may be loaded before it is trained on.
     """
 
     def __init__(
@@ -36,35 +45,35 @@ class AheadTrainLoader(TrainLoader):
         row_loader: RowLoader,
         *,
         outbox: Outbox | None,
-        prepare: Callable[[AheadBatch], None],
+        prepare: Prepare,
+        number: Callable[[], int],
         may_look: Callable[[int], bool],
     ) -> None:
         super().__init__(row_loader, outbox=outbox)
         self._prepare = prepare
+        self._number = number
         self._may_look = may_look
-        self._num_skipped = 0
         self._moments: dict[int, RandomMoment] = {}
 
     @override
     def _take_resumed(self) -> DataPosition | None:
-        resumed = super()._take_resumed()
-        self._num_skipped = resumed.num_batches if resumed is not None else 0
         self._moments = {}
-        return resumed
+        return super()._take_resumed()
 
     @override
     def _announce(self, batches: Iterator[Loaded]) -> Iterator[Any]:
-        index, is_first = self._num_skipped, True
+        is_first = True
         loaded, is_ready = next(batches, None), False
         while loaded is not None:
-            following = None
-            looks = self._may_look(index)
+            number, following = self._number(), None
+            if (looks := self._may_look(number)) and not is_ready:
+                loaded = self._readied(loaded, is_early=False)
+                # Unpacking may have shown that nobody may.
+                looks = self._may_look(number)
             if looks:
-                if not is_ready:
-                    loaded = self._readied(loaded)
-                self._moments = {index + 1: RandomMoment.now(self._row_loader.generators)}
+                self._moments = {number + 1: RandomMoment.now(self._row_loader.generators)}
                 following = next(batches, None)
-                following = following and self._readied(following)
+                following = following and self._readied(following, is_early=True)
             self._post(BATCH, loaded.num_rows, following.num_rows if following is not None else 0)
             self.loaded.append(
                 loaded._replace(
@@ -75,12 +84,12 @@ class AheadTrainLoader(TrainLoader):
             )
             yield loaded.batch
             loaded, is_ready = (following, True) if looks else (next(batches, None), False)
-            index, is_first = index + 1, False
+            is_first = False
         self._post(END)
 
-    def _readied(self, loaded: Loaded) -> Loaded:
+    def _readied(self, loaded: Loaded, *, is_early: bool) -> Loaded:
         batch = AheadBatch(loaded.batch)
-        self._prepare(batch)
+        self._prepare(batch, is_early=is_early)
         return loaded._replace(batch=batch)
 
     @override

@@ -18,14 +18,14 @@ from lightning_pipebd.block_pairs_module import BlockPairsModule
 from lightning_pipebd.clipping import check_clipping, trained_ids
 from lightning_pipebd.lightning_internals.module import log_again
 from lightning_pipebd.losses import BLOCK_LOSSES, resolve_loss
-from lightning_pipebd.runtime.block_calls import BlockCalls, versions_of
+from lightning_pipebd.runtime.block_calls import BlockCalls
 from lightning_pipebd.runtime.block_pairs import pair_blocks
 from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.compiling import compile_options
 from lightning_pipebd.runtime.graph_memory import copy_gradients, copy_tensors, has_compiled, makes_graphs
 from lightning_pipebd.runtime.momentum import Buffers
 from lightning_pipebd.runtime.random_use import KnownDraws, block_stream
-from lightning_pipebd.runtime.row_trees import count_rows
+from lightning_pipebd.runtime.row_trees import count_rows, versions_of
 
 __all__ = ["BlockwiseDistillationModule"]
 

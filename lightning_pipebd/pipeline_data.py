@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_pipebd.data import BatchHeader
 from lightning_pipebd.data_position import DataPosition, RandomMoment
-from lightning_pipebd.lightning_internals.module import StagedBatch, before_transfer
+from lightning_pipebd.lightning_internals.module import LogCall, StagedBatch, before_transfer
 from lightning_pipebd.row_loader import Loaded, RowLoader
 from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.random_streams import borrowed_random_states, random_states
@@ -34,11 +34,15 @@ class AheadBatch(StagedBatch):
     Attributes:
         num_rows: Rows of the batch.
         boundaries: What a program of blocks starts from, once the batch was unpacked for it.
+        seen: The batch as it was then.
+        put_off: What was logged meanwhile, to be logged when the batch is trained on.
     """
 
     def __init__(self, batch: Any) -> None:
         self.num_rows = count_rows(batch)
         self.boundaries: dict[int, RowTree] = {}
+        self.seen: Any = None
+        self.put_off: list[LogCall] = []
         self._batch = batch
         self._is_moved = False
 

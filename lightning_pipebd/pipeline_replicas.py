@@ -10,8 +10,8 @@ from torch import Tensor
 from lightning_pipebd.pipeline_measuring import one_replica_reason
 from lightning_pipebd.planning.pipeline_plan import PipelinePlan
 from lightning_pipebd.planning.plan import PlanError
-from lightning_pipebd.runtime.block_calls import versions_of
 from lightning_pipebd.runtime.gradients import GradientReducer
+from lightning_pipebd.runtime.row_trees import versions_of
 from lightning_pipebd.runtime.transport import Transport
 from lightning_pipebd.teacher_student import TeacherStudentModule
 

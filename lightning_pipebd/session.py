@@ -78,6 +78,8 @@ class TrainingSession(FitSession):
 
     tells_programs = True
 
+    _jobs: BlockJobs
+    _jobs_kind: type[BlockJobs] = BlockJobs
     _executor: Executor
     _step_report: StepReport | None = None
 
@@ -126,7 +128,7 @@ class TrainingSession(FitSession):
         self.scalers = BlockScalers(
             self._strategy.precision_plugin, parameters, self._strategy.root_device, self._transport
         )
-        self._jobs = BlockJobs(self._module, self._strategy.precision_plugin, self.scalers)
+        self._jobs = self._jobs_kind(self._module, self._strategy.precision_plugin, self.scalers)
         # Which blocks share a pass depends on a rank's rows; layers must meet the other ranks' in one order.
         self._jobs.shares_backward = not self._meetings
         self._reducer = GradientReducer(self._transport, parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import islice
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -25,6 +26,7 @@ from lightning_pipebd.runtime.mailbox import Mailbox, Outbox
 from lightning_pipebd.runtime.transport import Lane
 from lightning_pipebd.session import TrainingSession
 from tests.helpers.plans import whole_jobs
+from tests.helpers.toy import LinearModule
 
 WHOLE = (Fraction(0), Fraction(1))
 
@@ -42,20 +44,30 @@ class Noise(Dataset[Tensor]):
 class Rank:
     """The loading rank: unpacking draws, too, and what was unpacked is noted."""
 
-    def __init__(self, never_after: tuple[int, ...] = (), outbox: Outbox | None = None) -> None:
+    def __init__(
+        self, never_after: tuple[int, ...] = (), outbox: Outbox | None = None, num_trained: int = 0, pure_until: int = 9
+    ) -> None:
         self.unpacked: dict[int, float] = {}
+        self.was_early: list[bool] = []
+        self.num_given = num_trained
         rows = RowLoader(DataLoader(Noise(), batch_size=3, shuffle=True), WHOLE)
         self.loader = AheadTrainLoader(
-            rows, outbox=outbox, prepare=self.prepare, may_look=lambda index: index not in (*never_after, 3)
+            rows,
+            outbox=outbox,
+            prepare=self.prepare,
+            number=lambda: self.num_given % 4,
+            may_look=lambda number: number not in (*never_after, 3) and len(self.was_early) < pure_until,
         )
 
-    def prepare(self, batch: AheadBatch) -> None:
+    def prepare(self, batch: AheadBatch, *, is_early: bool) -> None:
+        self.was_early.append(is_early)
         self.unpacked[id(batch)] = torch.rand(()).item()
 
     def batches(self, num_batches: int | None = None) -> Iterator[tuple[list[float], float]]:
         """Give what a step trains on, unpacked in time or in the step itself."""
         for given in islice(self.loader, num_batches):
             loaded = self.loader.loaded.popleft()
+            self.num_given += 1
             assert loaded.batch is given
             batch = given._batch if isinstance(given, AheadBatch) else given
             yield batch.flatten().tolist(), self.unpacked.get(id(given)) or torch.rand(()).item()
@@ -77,6 +89,26 @@ def test_loading_and_unpacking_draw_in_the_order_of_one_process(never_after: tup
     assert torch.equal(torch.rand(()), after)
 
 
+def test_no_batch_is_looked_at_if_unpacking_the_first_shows_that_nobody_may() -> None:
+    torch.manual_seed(4)
+    expected = as_in_one_process()
+    torch.manual_seed(4)
+    rank = Rank(pure_until=1)
+    assert list(rank.batches()) == expected
+    assert rank.was_early == [False]
+
+
+def test_run_that_goes_on_with_the_first_batch_of_the_loader_counts_as_the_trainer_does() -> None:
+    rank = Rank(num_trained=2)
+    next(rank.batches(1))
+    position = rank.loader.position(3)
+    assert position is not None
+    assert position.now is not None
+    now = torch.get_rng_state()
+    # The batch ahead was drawn already; the position is that before it.
+    assert not torch.equal(position.now.states["torch"], now)
+
+
 @pytest.mark.parametrize("num_batches", [1, 2, 3])
 def test_run_that_goes_on_draws_again_what_was_drawn_for_a_batch_ahead(num_batches: int) -> None:
     torch.manual_seed(4)
@@ -87,7 +119,7 @@ def test_run_that_goes_on_draws_again_what_was_drawn_for_a_batch_ahead(num_batch
     assert [next(steps) for _ in range(num_batches)] == expected[:num_batches]
     position = rank.loader.position(num_batches)
     torch.manual_seed(99)
-    for resumed in (Rank(), Rank(never_after=(0, 1, 2))):
+    for resumed in (Rank(num_trained=num_batches), Rank(never_after=(0, 1, 2), num_trained=num_batches)):
         resumed.loader.resumed = position
         assert list(resumed.batches()) == expected[num_batches:]
 
@@ -98,10 +130,11 @@ def test_every_rank_knows_the_rows_of_the_next_batch_and_which_batch_is_the_firs
     mailbox = Mailbox(world.transports[1], 0, Lane.HEADERS)
     rank, header = Rank(never_after=(1,), outbox=outbox), HeaderLoader([None] * 4, mailbox)
     for _ in range(2):
-        announced = []
-        for loader in (rank.loader, header):
-            assert len(list(loader)) == 4
-            announced.append([(part.num_rows, part.num_next_rows, part.is_first) for part in loader.loaded])
+        announced: list[list[tuple[int, int, bool]]] = [[], []]
+        for loader, parts in zip((rank.loader, header), announced, strict=True):
+            for rank.num_given, _ in enumerate(loader, start=1):
+                part = loader.loaded.popleft()
+                parts.append((part.num_rows, part.num_next_rows, part.is_first))
         assert announced == [[(3, 3, True), (3, 0, False), (3, 2, False), (2, 0, False)]] * 2
     outbox.close()
     mailbox.close()
@@ -160,6 +193,17 @@ class Endless(IterableDataset[Tensor]):
         yield torch.zeros(1)
 
 
+def make_loader(loader: Any, combined: CombinedLoader | None = None) -> AheadTrainLoader:
+    """Give the loader of a session whose trainer was given another one in Lightning's wrapping."""
+    fit_loop = trainer().fit_loop
+    fit_loop._combined_loader = CombinedLoader(loader) if combined is None else combined
+    session = AheadSession.__new__(AheadSession)
+    session.__dict__ |= {"_outbox": None, "_trainer": trainer(fit_loop=fit_loop)}
+    made = session._make_loader(RowLoader(loader, WHOLE), loader)
+    assert isinstance(made, AheadTrainLoader)
+    return made
+
+
 @pytest.mark.parametrize(
     ("loader", "looks"),
     [
@@ -170,15 +214,29 @@ class Endless(IterableDataset[Tensor]):
     ids=["plain", "stateful", "without a length"],
 )
 def test_teacher_stays_with_its_batch_where_nobody_may_look_ahead(loader: Any, looks: bool) -> None:
-    session = SimpleNamespace(_outbox=None, _prepare=None, _trainer=trainer())
-    made = AheadSession._make_loader(session, RowLoader(loader, WHOLE), loader)  # type: ignore[arg-type]
-    assert isinstance(made, AheadTrainLoader)
-    assert made._may_look(0) is looks
+    assert make_loader(loader)._may_look(0) is looks
+
+
+@pytest.mark.parametrize(
+    ("wrap", "looks"),
+    [
+        (lambda loader: loader, True),
+        (lambda loader: CombinedLoader(loader, "max_size_cycle"), True),
+        (lambda loader: {"train": loader}, False),
+        (lambda loader: [loader], False),
+    ],
+    ids=["bare", "combined", "in a dictionary", "in a list"],
+)
+def test_no_batch_is_looked_at_that_comes_in_a_collection(wrap: Callable[[Any], Any], looks: bool) -> None:
+    loader = DataLoader(Noise(), batch_size=3)
+    wrapped = wrap(loader)
+    combined = wrapped if isinstance(wrapped, CombinedLoader) else CombinedLoader(wrapped)
+    assert make_loader(loader, combined)._may_look(0) is looks
 
 
 def test_momentum_teacher_stays_with_its_batch() -> None:
     plan = whole_jobs([0, 1, 0], [0, 1, 0])
-    frozen, moving = (SimpleNamespace(block_momentum=momentum) for momentum in (None, object()))
-    assert session_kind(plan, frozen) is AheadSession  # type: ignore[arg-type]
+    frozen, moving = LinearModule(), SimpleNamespace(block_momentum=object())
+    assert session_kind(plan, frozen) is AheadSession
     assert session_kind(plan, moving) is TrainingSession  # type: ignore[arg-type]
-    assert session_kind(parse_plan("0|1|2"), frozen) is TrainingSession  # type: ignore[arg-type]
+    assert session_kind(parse_plan("0|1|2"), frozen) is TrainingSession

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 __all__ = [
     "COMPLETE",
+    "LogCall",
     "StagedBatch",
     "StagedBatchModule",
     "before_transfer",
@@ -23,6 +24,8 @@ __all__ = [
 
 _POSITION_OF_SYNC_DIST = 6
 
+LogCall = tuple[str, Any, tuple[Any, ...], dict[str, Any]]
+"""What :meth:`~lightning.pytorch.LightningModule.log` was called with."""
 COMPLETE = object()
 """In place of a process group: the value is that of all rows already."""
 
@@ -43,6 +46,7 @@ class StagedBatchModule(LightningModule):
     shares_logs: bool = False
     sees_whole_batch: bool = False
     _is_measured: bool = False
+    _put_off: list[LogCall] | None = None
 
     @contextmanager
     def not_logging(self) -> Iterator[None]:
@@ -52,6 +56,15 @@ class StagedBatchModule(LightningModule):
             yield
         finally:
             del self._is_measured
+
+    @contextmanager
+    def putting_off_logs(self) -> Iterator[list[LogCall]]:
+        """Only note what is logged inside the context: the step that it belongs to comes later."""
+        self._put_off = []
+        try:
+            yield self._put_off
+        finally:
+            del self._put_off
 
     @override
     def __setattr__(self, name: str, value: Any) -> None:
@@ -64,6 +77,10 @@ class StagedBatchModule(LightningModule):
     @override
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         if self._is_measured:
+            return
+        if self._put_off is not None:
+            # A value of now: what it was taken from may be another one then.
+            self._put_off.append((name, value.clone() if isinstance(value, Tensor) else value, args, kwargs))
             return
         if self.shares_logs and len(args) <= _POSITION_OF_SYNC_DIST:
             kwargs["sync_dist"] = True

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 __all__ = [
+    "batch_number",
     "begin_next_epoch",
     "find_last_checkpoint",
     "follow_requeue_signal",
+    "has_bare_loader",
     "is_logging_step",
     "logged_keys",
     "logging_step",
@@ -149,6 +151,17 @@ def logged_keys(trainer: Trainer) -> list[str]:
     results = trainer._results if trainer.evaluating or trainer.sanity_checking else None
     found = results.valid_items() if results is not None else ()
     return [key for key, value in found if value.meta.on_epoch and not value.meta.sync.rank_zero_only]
+
+
+def has_bare_loader(trainer: Trainer) -> bool:
+    """Tell whether a training batch is what one loader gives, and no collection that has this in it."""
+    combined = trainer.fit_loop._combined_loader
+    return combined is not None and len(combined.flattened) == 1 and combined.iterables is combined.flattened[0]
+
+
+def batch_number(trainer: Trainer) -> int:
+    """Give the number in the epoch of the batch that Lightning asks the loader for."""
+    return int(trainer.fit_loop.epoch_loop.batch_progress.current.ready)
 
 
 def may_end_or_validate_after(trainer: Trainer, batch_index: int) -> bool:

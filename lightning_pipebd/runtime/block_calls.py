@@ -12,8 +12,9 @@ from torch.utils import _pytree as pytree
 from lightning_pipebd.runtime.compiling import compiled_block
 from lightning_pipebd.runtime.layouts import without_gaps
 from lightning_pipebd.runtime.partition import Partition, call_block
+from lightning_pipebd.runtime.row_trees import versions_of
 
-__all__ = ["BlockCalls", "versions_of"]
+__all__ = ["BlockCalls"]
 
 
 class BlockCalls:
@@ -64,11 +65,3 @@ class BlockCalls:
             name = f"{self._role}_block_{block}"
             self._compiled[block] = compiled_block(self._partition.blocks[block], name, self._compile_options)
         return self._compiled[block](boundary)
-
-
-def versions_of(tree: Any) -> list[int]:
-    """Give how often each tensor of a tree was changed in place; tensors of inference mode do not count that."""
-    if isinstance(tree, Tensor):
-        return [] if tree.is_inference() else [tree._version]
-    leaves = pytree.tree_leaves(tree)
-    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]

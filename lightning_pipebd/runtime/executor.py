@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -28,7 +29,10 @@ from lightning_pipebd.runtime.relay import Relay, RelayError
 from lightning_pipebd.runtime.row_trees import RowTree, find_row_leaves, holds_rows, join_rows, take_rows
 from lightning_pipebd.runtime.transport import TransportError
 
-__all__ = ["Executor", "Jobs", "Span"]
+__all__ = ["LEAVE_OUT", "Executor", "Jobs", "Span"]
+
+LEAVE_OUT = "leave `teach_ahead` out, or `ahead` out of the plan"
+"""The way out where somebody cannot leave alone what is made of the next batch."""
 
 
 class Jobs(Protocol):
@@ -85,7 +89,6 @@ class Executor:
         self._cuts_rows = cuts_rows
         self.observer = observer
         self._row_leaves: dict[tuple[int, int], tuple[bool, ...]] = {}
-        self._last_uses: dict[Program, dict[int, list[tuple[int, bool]]]] = {}
         self._ahead: dict[int, list[RowTree]] = {}
         self._ahead_step = -1
         self.current: tuple[Program, int] | None = None  # what a failure report points at
@@ -113,7 +116,7 @@ class Executor:
         self._reducer.begin(program)
         state = _State(step, program, (loaded, following or {}), self._ahead if program.is_taught else {})
         self._ahead = {}
-        last_uses = self._last_uses.get(program) or self._last_uses.setdefault(program, _find_last_uses(program))
+        last_uses = _find_last_uses(program)
         unsettled: list[Span] = []
         for index, action in enumerate(program.actions):
             self.current = (program, index)
@@ -152,7 +155,7 @@ class Executor:
         boundaries = state.boundaries[action.is_next]
         if action.kind is Kind.LOAD:
             for boundary, piece in state.loaded[action.is_next].items():
-                boundaries[boundary].append(piece)
+                boundaries[boundary].append(_unchanged(boundary, piece))
         elif action.kind is Kind.RECV:
             is_from_last = state.is_taught and not action.is_next
             step = self._ahead_step if is_from_last else state.step
@@ -161,7 +164,10 @@ class Executor:
             piece = take_rows(join_rows(boundaries[action.index], action.rows), action.rows)
             self._relay.send(state.step, _wire_number(action.index, is_ahead=action.is_next), piece, action.peer)
         elif action.kind is Kind.TEACH:
-            boundaries[action.index + 1].append(self._teach(action, boundaries[action.index]))
+            piece = self._teach(action, boundaries[action.index])
+            if action.is_next:
+                piece.note_versions()
+            boundaries[action.index + 1].append(piece)
         elif action.kind is Kind.LEARN:
             self._learn(action, state)
         elif action.kind is Kind.REDUCE:
@@ -216,8 +222,8 @@ class Executor:
 
     def _learn(self, action: Action, state: _State) -> None:
         block, rows = action.index, action.rows
-        boundary = join_rows(state.boundaries[False][block], rows).tree
-        target = join_rows(state.boundaries[False][block + 1], rows).tree
+        boundary = _unchanged(block, join_rows(state.boundaries[False][block], rows)).tree
+        target = _unchanged(block + 1, join_rows(state.boundaries[False][block + 1], rows)).tree
         labels = state.find_labels(rows)
         state.losses[block] = self._jobs.learn(block, boundary, target, labels, rows, state.num_rows)
 
@@ -244,7 +250,19 @@ class _State:
     def find_labels(self, rows: Rows) -> Any:
         # Labels travel to the blocks that want them. Another block of this rank may find those of some of its rows.
         pieces = self.boundaries[False].get(TARGETS)
-        return join_rows(pieces, rows).tree if pieces and holds_rows(pieces, rows) else None
+        return _unchanged(TARGETS, join_rows(pieces, rows)).tree if pieces and holds_rows(pieces, rows) else None
+
+
+def _unchanged(boundary: int, piece: RowTree) -> RowTree:
+    """Give what was made a step early, if it still is as it was made."""
+    if not piece.is_as_noted:
+        what = "The labels of a batch" if boundary == TARGETS else f"Boundary {boundary}"
+        raise RuntimeError(
+            f"{what} must stay as it was made a step early, until student blocks have learned from it, but was changed "
+            "in place since then: by a teacher block or a loader that uses the same memory for each batch, by a hook "
+            f"or by a callback. Let them give new tensors each time, and leave batches alone, or {LEAVE_OUT}."
+        )
+    return piece
 
 
 def _share_time(spans: list[Span], stop_s: float) -> list[Span]:
@@ -256,6 +274,7 @@ def _share_time(spans: list[Span], stop_s: float) -> list[Span]:
     return [Span(span.action, start_s, stop_s) for span, (start_s, stop_s) in zip(spans, times, strict=True)]
 
 
+@lru_cache(maxsize=128)
 def _find_last_uses(program: Program) -> dict[int, list[tuple[int, bool]]]:
     """Find the boundaries that are not needed any more after an action, so that their memory can go."""
     ends: defaultdict[int, list[tuple[int, bool]]] = defaultdict(list)

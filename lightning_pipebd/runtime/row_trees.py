@@ -26,6 +26,7 @@ __all__ = [
     "take_rows",
     "tree_bytes",
     "tree_leaves",
+    "versions_of",
 ]
 
 
@@ -37,14 +38,33 @@ class RowTree:
         tree: Tuple, list, dict or tensor, nested.
         row_leaves: Per leaf of the tree (in flattening order) whether its first dimension is the rows; ``None`` while
             unknown, which is fine as long as nobody cuts or joins the tree.
+        versions: How often each tensor had been changed in place when that was noted; ``None`` where nobody asks.
     """
 
-    __slots__ = ("row_leaves", "rows", "tree")
+    __slots__ = ("row_leaves", "rows", "tree", "versions")
 
     def __init__(self, rows: Rows, tree: Any, row_leaves: tuple[bool, ...] | None = None) -> None:
         self.rows = rows
         self.tree = tree
         self.row_leaves = row_leaves
+        self.versions: list[int] | None = None
+
+    def note_versions(self) -> None:
+        """Have :attr:`is_as_noted` compare with how the tree is now."""
+        self.versions = versions_of(self.tree)
+
+    @property
+    def is_as_noted(self) -> bool:
+        """Whether no tensor was changed in place since :meth:`note_versions`; true if that was never called."""
+        return self.versions is None or self.versions == versions_of(self.tree)
+
+
+def versions_of(tree: Any) -> list[int]:
+    """Give how often each tensor of a tree was changed in place; tensors of inference mode do not count that."""
+    if isinstance(tree, Tensor):
+        return [] if tree.is_inference() else [tree._version]
+    leaves = pytree.tree_leaves(tree)
+    return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
 def count_rows(tree: Any) -> int:
