@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property, lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -57,8 +58,6 @@ class AheadSession(TrainingSession):
     def begin(self, *args: Any) -> None:
         super().begin(*args)
         self._hooks = HookWatch(self._module, getattr(self._trainer, "datamodule", None))
-        # Batches of ever other sizes have programs without end.
-        self._program = lru_cache(maxsize=64)(self._compile)
 
     @override
     def _make_loader(self, rows: RowLoader, loader: Any) -> TrainLoader:
@@ -74,8 +73,9 @@ class AheadSession(TrainingSession):
         )
 
     def _may_look(self, number: int) -> bool:
-        is_bare = has_bare_loader(self._trainer)
-        return self._leaves_nothing and is_bare and not may_end_or_validate_after(self._trainer, number)
+        if not self._leaves_nothing or not has_bare_loader(self._trainer):
+            return False
+        return not may_end_or_validate_after(self._trainer, number)
 
     def _prepare(self, batch: AheadBatch, *, is_early: bool) -> None:
         """Bring a batch to the device, and unpack it; early if the one before it was not trained on."""
@@ -137,6 +137,11 @@ class AheadSession(TrainingSession):
             )
         for name, value, args, kwargs in prepared.put_off:
             self._module.log(name, value, *args, **kwargs)
+
+    @cached_property
+    def _program(self) -> Callable[..., Program]:
+        # Not all are kept: batches of ever other sizes have programs without end.
+        return lru_cache(maxsize=64)(self._compile)
 
     def _compile(self, num_rows: int, num_next_rows: int, *, is_taught: bool, update: bool) -> Program:
         return compile_ahead(

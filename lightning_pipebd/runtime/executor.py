@@ -165,7 +165,7 @@ class Executor:
             self._relay.send(state.step, _wire_number(action.index, is_ahead=action.is_next), piece, action.peer)
         elif action.kind is Kind.TEACH:
             piece = self._teach(action, boundaries[action.index])
-            if action.is_next:
+            if state.has_next:
                 piece.note_versions()
             boundaries[action.index + 1].append(piece)
         elif action.kind is Kind.LEARN:
@@ -241,6 +241,7 @@ class _State:
         self.step = step
         self.num_rows = program.num_rows
         self.is_taught = program.is_taught
+        self.has_next = program.num_next_rows > 0
         self.loaded = loaded
         own: defaultdict[int, list[RowTree]] = defaultdict(list, taught)
         following: defaultdict[int, list[RowTree]] = defaultdict(list)
@@ -254,13 +255,14 @@ class _State:
 
 
 def _unchanged(boundary: int, piece: RowTree) -> RowTree:
-    """Give what was made a step early, if it still is as it was made."""
+    """Give what may have been made a step early, if it still is as it was made."""
     if not piece.is_as_noted:
         what = "The labels of a batch" if boundary == TARGETS else f"Boundary {boundary}"
         raise RuntimeError(
-            f"{what} must stay as it was made a step early, until student blocks have learned from it, but was changed "
-            "in place since then: by a teacher block or a loader that uses the same memory for each batch, by a hook "
-            f"or by a callback. Let them give new tensors each time, and leave batches alone, or {LEAVE_OUT}."
+            f"{what} must stay as it was made until student blocks have learned from it, because the teacher works one "
+            "batch ahead, but was changed in place since then: by a teacher block or a loader that uses the same "
+            "memory for each batch, by a hook or by a callback. Let them give new tensors each time, and leave batches "
+            f"alone, or {LEAVE_OUT}."
         )
     return piece
 

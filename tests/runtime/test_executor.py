@@ -123,6 +123,14 @@ class CountingReducer(GradientReducer):
         super().start(block, ranks)
 
 
+#: Two steps of a rank that has all jobs, and whose teacher block works a batch ahead.
+ALONE_AHEAD = (
+    "PROGRAM rank=0 rows=4 next=4\nLOAD rows=0:4\nTEACH block=0 rows=0:4\nLOAD rows=0:4 next\n"
+    "TEACH block=0 rows=0:4 next\nLEARN block=0 rows=0:4",
+    "PROGRAM rank=0 rows=4 next=4 taught\nLOAD rows=0:4 next\nTEACH block=0 rows=0:4 next\nLEARN block=0 rows=0:4",
+)
+
+
 def load(plan: Plan, rank: int, step: int, num_rows: int) -> dict[int, RowTree]:
     """This rank's rows of the batch of a step: inputs and labels."""
     rows = plan.teacher_rows(0, num_rows).get(rank, Rows(0, 0))
@@ -245,6 +253,40 @@ class TestTraining:
         batches[-1] = batches[-1]._replace(ahead=data.draw(st.sampled_from(["", "lost"])))
         targets = data.draw(st.frozensets(st.integers(0, plan.num_blocks - 1)))
         assert_same_training(plan, batches, lambda: Blocks(plan.num_blocks, targets), max_in_flight)
+
+    @pytest.mark.parametrize("target_blocks", [(), (0,)], ids=["boundary", "labels"])
+    def test_what_was_made_a_step_early_may_not_be_changed_before_it_is_learned_from(
+        self, target_blocks: Collection[int]
+    ) -> None:
+        first, second = (Program.parse(text) for text in ALONE_AHEAD)
+        plan = Plan.joint(1, 1)
+        for changes in (False, True):
+            blocks = Blocks(1, target_blocks)
+            executor, _, _ = make_executor(plan, LocalWorld(1), 0, blocks, blocks.students)
+            batches = [load(plan, 0, step, 4) for step in range(3)]
+            for batch in batches:
+                for piece in batch.values():
+                    piece.note_versions()
+            executor.run(first, 0, batches[0], batches[1])
+            if not changes:
+                executor.run(second, 1, {}, batches[2])
+                continue
+            batches[1][TARGETS if target_blocks else 0].tree.add_(1)
+            what = "The labels of a batch" if target_blocks else "Boundary 0"
+            with pytest.raises(RuntimeError, match=f"{what} must stay as it was made until .* leave `teach_ahead` out"):
+                executor.run(second, 1, {}, batches[2])
+
+    def test_teacher_that_gives_the_same_memory_each_time_may_not_work_a_batch_ahead(self) -> None:
+        class Reusing(Blocks):
+            room = torch.empty(4, WIDTH, dtype=torch.float64)
+
+            def teach(self, block: int, boundary: Any) -> Any:
+                return self.room.copy_(super().teach(block, boundary))
+
+        plan, blocks = Plan.joint(1, 1), Reusing(1)
+        executor, _, _ = make_executor(plan, LocalWorld(1), 0, blocks, blocks.students)
+        with pytest.raises(RuntimeError, match="Boundary 1 must stay as it was made until"):
+            executor.run(Program.parse(ALONE_AHEAD[0]), 0, load(plan, 0, 0, 4), load(plan, 0, 1, 4))
 
     def test_labels_of_a_block_do_not_disturb_another_block_of_the_rank_with_other_rows(self) -> None:
         # Rank 1 receives labels for its half of block 0 alone, and then learns all rows of block 1.
