@@ -29,6 +29,8 @@ _MOST_ITEMS = 256
 _CONTAINERS = (dict, list, set, tuple, deque)
 _COUNTED = (Tensor, *_CONTAINERS)
 _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "unpack_batch")
+#: What torch keeps in every module beside its tensors and submodules: tables of hooks, mostly.
+_TORCH_KEEPS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
 _MODELS = ("teacher", "student", "adapters")
 
 
@@ -162,21 +164,20 @@ class HookWatch:
                 if name not in _MODELS:
                     self._holders += [(f"self.{path}", inner) for path, inner in child.named_modules(prefix=name)]
 
-    def look(self) -> dict[str, Seen]:
-        """See all attributes."""
-        return {
-            f"{place}.{name}": Seen(_open(value))
-            for place, holder in self._holders
-            for name, value in vars(holder).items()
-        }
+    def look(self) -> list[dict[str, Seen]]:
+        """See all attributes, of one holder after the other."""
+        return [
+            {name: Seen(_open(value)) for name, value in vars(holder).items() if name not in _TORCH_KEEPS}
+            for _, holder in self._holders
+        ]
 
-    def changes_since(self, before: dict[str, Seen]) -> list[str]:
+    def changes_since(self, before: list[dict[str, Seen]]) -> list[str]:
         """Name the attributes that are new, gone or changed."""
-        now = self.look()
         return sorted(
-            name
-            for name in before.keys() | now.keys()
-            if name not in before or name not in now or not before[name].is_same(now[name])
+            f"{place}.{name}"
+            for (place, _), then, now in zip(self._holders, before, self.look(), strict=True)
+            for name in then.keys() | now.keys()
+            if name not in then or name not in now or not then[name].is_same(now[name])
         )
 
 

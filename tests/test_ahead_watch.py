@@ -177,7 +177,7 @@ class TestHooks:
         before = watch.look()
         with module.putting_off_logs():
             module.unpack_batch((torch.rand(4, 6), None))
-        assert len(before) > 20
+        assert min(map(len, before)) > 3
         assert watch.changes_since(before) == []
 
     def test_a_long_container_is_seen_by_its_length(self) -> None:
@@ -203,7 +203,7 @@ class TestHooks:
         assert watch.changes_since(before) == ["datamodule.last"]
 
     def test_nobody_looks_where_nobody_has_hooks(self) -> None:
-        assert HookWatch(LinearModule(), LightningDataModule()).look() == {}
+        assert HookWatch(LinearModule(), LightningDataModule()).look() == []
 
 
 class Moved(AheadBatch):

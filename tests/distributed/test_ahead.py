@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from lightning_pipebd import PipeBDStrategy
 from tests.helpers.plans import whole_jobs
 from tests.helpers.resuming import NoisyData, states_of
 from tests.helpers.scenarios import MakeTrainer, on_one_process, under_plan
-from tests.helpers.toy import DropoutModule, ToyData
+from tests.helpers.toy import DropoutModule, LinearModule, ToyData
 from tests.helpers.training import assert_same_checkpoint
 
 pytestmark = pytest.mark.spawn
 
 AHEAD = whole_jobs([0, 1, 0, 1], [1, 0, 0, 1])
-NAMES = ["through", "validating", "cut short"]
 
 
 class Noisy(DropoutModule):
@@ -43,6 +43,28 @@ class CutShort(DropoutModule):
         return -1 if (self.trainer.current_epoch, batch_idx) == (0, 4) else None
 
 
+class Normalising(LinearModule):
+    """Keeps a mean of the inputs so far, which callbacks and checkpoints see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.trainer.training:
+            self.mean.lerp_(batch[0].mean(0), 0.2)
+        return batch[0] - self.mean, batch[1]
+
+
+class Logging(LinearModule):
+    """Logs what it unpacks, from a loader in a dictionary too."""
+
+    def unpack_batch(self, batch: Any) -> tuple[Any, Any]:
+        inputs, labels = batch["train"] if isinstance(batch, dict) else batch
+        self.log("largest", inputs.max())
+        return inputs, labels
+
+
 class TaughtAhead(Callback):
     """Counts the teacher's actions for a next batch."""
 
@@ -58,18 +80,28 @@ class TaughtAhead(Callback):
 
 
 def train(
-    make_trainer: MakeTrainer, options: dict[str, Any], resume: Any = None, *, is_cut_short: bool = False
+    make_trainer: MakeTrainer,
+    options: dict[str, Any],
+    resume: Any = None,
+    *,
+    kind: type[LinearModule | DropoutModule] = Noisy,
+    is_in_dict: bool = False,
 ) -> tuple[dict[str, Any], int]:
     """Give everything that training has changed, and how much the teacher has worked ahead."""
     seed_everything(5, verbose=False)
-    module = CutShort() if is_cut_short else Noisy()
+    module = kind()
     counter = TaughtAhead()
     callbacks = [counter, *options.pop("callbacks", [])]
     trainer = make_trainer(max_epochs=2, callbacks=callbacks, **options)
-    data = DataLoader((ToyData if is_cut_short else NoisyData)(27, module.shape), batch_size=4, shuffle=True)
+    data = DataLoader((NoisyData if kind is Noisy else ToyData)(27, module.shape), batch_size=4, shuffle=True)
     validation = DataLoader(ToyData(6, module.shape), batch_size=4)
-    trainer.fit(module, data, validation, ckpt_path=resume)
-    return states_of(trainer, module), counter.num_actions
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+        warnings.filterwarnings("ignore", "`unpack_batch` or a batch hook has changed `self._buffers`")
+        trainer.fit(module, {"train": data} if is_in_dict else data, validation, ckpt_path=resume)
+    logged = {name: value for name, value in trainer.callback_metrics.items() if "largest" in name}
+    draw = torch.rand(2) if "limit_val_batches" in options else None
+    return {**states_of(trainer, module), "logged": logged, "draw": draw}, counter.num_actions
 
 
 class Saving(Callback):
@@ -84,35 +116,45 @@ class Saving(Callback):
 
 
 def run(make_trainer: MakeTrainer, path: str) -> dict[str, tuple[dict[str, Any], int]]:
-    options: dict[str, dict[str, Any]] = {
-        "through": {"limit_val_batches": 0, "callbacks": [Saving(path)]},
-        "validating": {"val_check_interval": 3, "accumulate_grad_batches": 2},
-        "cut short": {"limit_val_batches": 0, "max_steps": 9},
+    alone = {"limit_val_batches": 0}
+    return {
+        "through": train(make_trainer, {**alone, "callbacks": [Saving(path)]}),
+        "validating": train(make_trainer, {"val_check_interval": 3, "accumulate_grad_batches": 2}),
+        "cut short": train(make_trainer, {**alone, "max_steps": 9}, kind=CutShort),
+        "logging": train(make_trainer, {**alone}, kind=Logging),
+        "normalising": train(make_trainer, {**alone}, kind=Normalising),
+        "in a dictionary": train(make_trainer, {**alone}, kind=Logging, is_in_dict=True),
     }
-    found = {}
-    for name in NAMES:
-        found[name] = train(make_trainer, options[name], is_cut_short=name == "cut short")
-        found[name][0]["draw"] = torch.rand(2) if name != "validating" else None
+
+
+def run_in_one_process(make_trainer: MakeTrainer, path: str) -> dict[str, tuple[dict[str, Any], int]]:
+    found = run(make_trainer, path)
+    found["resumed from one process"] = train(make_trainer, {"limit_val_batches": 0}, resume=path)
     return found
 
 
-def run_and_resume(make_trainer: MakeTrainer, path: str) -> dict[str, tuple[dict[str, Any], int]]:
+def run_and_resume(make_trainer: MakeTrainer, path: str, plain: str) -> dict[str, tuple[dict[str, Any], int]]:
     found = run(make_trainer, path)
     for name, plan in (("resumed", AHEAD), ("resumed under another plan", "0-1|2-3")):
         options = {"limit_val_batches": 0, "strategy": PipeBDStrategy(plan=plan)}
         found[name] = train(make_trainer, options, resume=path)
+    found["resumed from one process"] = train(make_trainer, {"limit_val_batches": 0}, resume=plain)
     return found
 
 
 def test_teacher_blocks_a_batch_ahead_leave_everything_as_in_one_process(tmp_path: Path) -> None:
-    one = on_one_process(run, str(tmp_path / "one.ckpt"))
-    loading, other = under_plan(run_and_resume, str(tmp_path / "many.ckpt"), plan=AHEAD)
-    for name in NAMES:
+    plain, path = str(tmp_path / "one.ckpt"), str(tmp_path / "many.ckpt")
+    one = on_one_process(run_in_one_process, plain)
+    loading, other = under_plan(run_and_resume, path, plain, plan=AHEAD)
+    for name in one:
         assert_same_checkpoint(one[name][0], loading[name][0], name)
     one["through"][0].pop("draw")
     for name in ("resumed", "resumed under another plan"):
+        loading[name][0].pop("draw")
         assert_same_checkpoint(one["through"][0], loading[name][0], name)
     worked = {name: (loading[name][1], other[name][1]) for name in loading}
-    assert worked.pop("resumed under another plan") == (0, 0)
+    # Nobody has looked ahead before it showed that nobody may.
+    for name in ("resumed under another plan", "normalising", "in a dictionary"):
+        assert worked.pop(name) == (0, 0)
     assert all(counts > (0, 0) for counts in worked.values()), worked
     assert worked["validating"] < worked["through"]
