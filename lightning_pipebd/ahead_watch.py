@@ -46,9 +46,10 @@ def check_may_teach_ahead(module: BlockwiseDistillationModule) -> None:
     for name, inner in _named_modules(module.teacher, blocks):
         hooks = [*inner._forward_pre_hooks.values(), *inner._forward_hooks.values()]
         if id(inner) not in opened and not all(map(_is_of_torch, hooks)):
+            where = f"teacher.{name}" if name else "teacher"
             raise ValueError(
-                f"`teacher` must have no forward hooks where it works one batch ahead, because they would be called "
-                f"for the next batch while the present one is trained, but `{name}` ({type(inner).__name__}) has one. "
+                "`teacher` must have no forward hooks where it works one batch ahead, because they would be called "
+                f"for the next batch while the present one is trained, but `{where}` ({type(inner).__name__}) has one. "
                 f"Remove it, or {LEAVE_OUT}."
             )
 
@@ -164,20 +165,20 @@ class HookWatch:
                 if name not in _MODELS:
                     self._holders += [(f"self.{path}", inner) for path, inner in child.named_modules(prefix=name)]
 
-    def look(self) -> list[dict[str, Seen]]:
+    def look(self) -> list[dict[str, Any]]:
         """See all attributes, of one holder after the other."""
         return [
-            {name: Seen(_open(value)) for name, value in vars(holder).items() if name not in _TORCH_KEEPS}
+            {name: _see(value) for name, value in vars(holder).items() if name not in _TORCH_KEEPS}
             for _, holder in self._holders
         ]
 
-    def changes_since(self, before: list[dict[str, Seen]]) -> list[str]:
+    def changes_since(self, before: list[dict[str, Any]]) -> list[str]:
         """Name the attributes that are new, gone or changed."""
         return sorted(
             f"{place}.{name}"
             for (place, _), then, now in zip(self._holders, before, self.look(), strict=True)
             for name in then.keys() | now.keys()
-            if name not in then or name not in now or not then[name].is_same(now[name])
+            if name not in then or name not in now or not _is_same(then[name], now[name])
         )
 
 
@@ -189,8 +190,15 @@ def _has_batch_hooks(holder: object) -> bool:
     return any(hook is not None and getattr(hook, "__func__", hook) not in kept for hook in found)
 
 
-def _open(value: Any) -> list[Any]:
+def _see(value: Any) -> Any:
+    """Give a value itself, if nothing can be changed in it that would be seen: most attributes are such."""
+    if not isinstance(value, _COUNTED):
+        return value
     # Of a long container its length must do: to look at every item would take longer than to unpack a batch.
-    if not isinstance(value, _CONTAINERS) or len(value) > _MOST_ITEMS:
-        return [value]
-    return [value, *value, *value.values()] if isinstance(value, dict) else [value, *value]
+    if isinstance(value, Tensor) or len(value) > _MOST_ITEMS:
+        return Seen([value])
+    return Seen([value, *value, *value.values()] if isinstance(value, dict) else [value, *value])
+
+
+def _is_same(then: Any, now: Any) -> bool:
+    return then is now or (isinstance(then, Seen) and isinstance(now, Seen) and then.is_same(now))
