@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,22 @@ class RandomMoment(NamedTuple):
             states["numpy"] = (str(name), torch.from_numpy(keys.astype("int64")), *map(float, rest))
         return cls(states, [generator.get_state() for generator in generators])
 
+    def drawn_until(self, later: RandomMoment) -> set[str]:
+        """Name the generators whose state is another one at a later moment."""
+        before, after = self._named(), later._named()
+        return {name for name in before.keys() & after.keys() if not _is_same(before[name], after[name])}
+
+    def for_generators(self, names: Collection[str], other: RandomMoment) -> RandomMoment:
+        """Give these generators' states, and those of another moment for all others."""
+        mine, theirs = self._named(), other._named()
+        states = {name: mine[name] if name in names else state for name, state in theirs.items()}
+        return RandomMoment(
+            {name: states[name] for name in other.states}, [states[_own_name(own)] for own in range(len(other.own))]
+        )
+
+    def _named(self) -> dict[str, Any]:
+        return self.states | {_own_name(own): state for own, state in enumerate(self.own)}
+
     def restore(self, generators: Sequence[torch.Generator]) -> None:
         """Put the generators back into these states."""
         states = dict(self.states)
@@ -47,6 +63,21 @@ class RandomMoment(NamedTuple):
             torch.cuda.set_rng_state(states["cuda"])
         for generator, state in zip(generators, self.own, strict=False):
             generator.set_state(state)
+
+
+def _own_name(number: int) -> str:
+    return f"generator {number} of the loader"
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if any(isinstance(part, torch.Tensor) for part in one):
+        return all(
+            _is_same(*parts) if isinstance(parts[0], torch.Tensor) else parts[0] == parts[1]
+            for parts in zip(one, other, strict=True)
+        )
+    return bool(one == other)
 
 
 class DataPosition(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from itertools import islice
@@ -107,6 +108,35 @@ def test_run_that_goes_on_with_the_first_batch_of_the_loader_counts_as_the_train
     now = torch.get_rng_state()
     # The batch ahead was drawn already; the position is that before it.
     assert not torch.equal(position.now.states["torch"], now)
+
+
+def test_step_may_not_draw_from_a_generator_that_the_next_batch_was_drawn_from() -> None:
+    steps = Rank().batches()
+    next(steps)
+    next(steps)
+    torch.rand(())
+    with pytest.raises(RuntimeError, match=r"must not draw random numbers where .* from torch\. .*leave `teach_ahead`"):
+        next(steps)
+
+
+def test_step_may_draw_from_other_generators_and_a_run_that_goes_on_keeps_what_it_drew() -> None:
+    torch.manual_seed(4)
+    expected = as_in_one_process()
+    torch.manual_seed(4)
+    random.seed(4)
+    rank = Rank()
+    steps = rank.batches()
+    random.random()
+    assert [next(steps), random.random() and next(steps)] == expected[:2]
+    position = rank.loader.position(2)
+    drawn = random.random()
+    assert position is not None
+    random.seed(5)
+    resumed = Rank(num_trained=2)
+    resumed.loader.resumed = position
+    steps = resumed.batches()
+    assert next(steps) == expected[2]
+    assert random.random() == drawn
 
 
 @pytest.mark.parametrize("num_batches", [1, 2, 3])

@@ -31,6 +31,18 @@ def test_all_generators_go_on_from_a_file_that_is_loaded_without_trust(tmp_path:
     assert np.random.randn() == normal
 
 
+def test_generators_that_were_drawn_from_are_named_and_their_states_can_be_mixed_with_others() -> None:
+    generator = torch.Generator().manual_seed(5)
+    before = RandomMoment.now([generator])
+    first = draw(generator)
+    after = RandomMoment.now([generator])
+    assert before.drawn_until(before) == set()
+    assert before.drawn_until(after) == {"torch", "python", "numpy", "generator 0 of the loader"}
+    second = draw(generator)
+    before.for_generators({"numpy", "generator 0 of the loader"}, after).restore([generator])
+    assert draw(generator) == [*second[:2], *first[2:]]
+
+
 def test_an_epoch_that_has_not_begun_has_no_present() -> None:
     position = DataPosition(0, RandomMoment.now([]), None)
     assert DataPosition.from_plain(position.to_plain()).now is None
