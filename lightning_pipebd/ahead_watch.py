@@ -35,11 +35,17 @@ _MODELS = ("teacher", "student", "adapters")
 
 
 def check_may_teach_ahead(module: BlockwiseDistillationModule) -> None:
-    """Raise for a teacher whose modules tell of their calls: somebody would hear of the next batch.
+    """Raise for a teacher that changes with every batch, or whose modules tell of their calls.
 
     Raises:
-        ValueError: A module of the teacher has a forward hook that is not torch's own.
+        ValueError: Each teacher block follows its student block, or a module of the teacher has a forward hook that is
+            not torch's own.
     """
+    if module.block_momentum is not None:
+        raise ValueError(
+            "`momentum` must be left out where the teacher works one batch ahead, because the next batch is the next "
+            f"teacher's. Leave it out, or {LEAVE_OUT}."
+        )
     blocks = module.block_pairs.teacher.blocks
     # Blocks that are cut out of a container do not call its hooks.
     opened = {id(inner) for block in blocks for inner in getattr(block, "opened_modules", ())}

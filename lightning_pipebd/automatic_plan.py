@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from lightning_pipebd.ahead_watch import check_may_teach_ahead
 from lightning_pipebd.bench import Bench
 from lightning_pipebd.cost_tables import MeasurementCache, load_measurement
 from lightning_pipebd.distillation_module import DistillationModule
@@ -155,8 +156,9 @@ class PlanFinder:
         """Raise for what is known to be wrong before anything is measured.
 
         Raises:
-            PlanError: The given plan is less exact than was asked for, or the teacher of a batch is not known ahead.
+            PlanError: The given plan is less exact than was asked for.
             CostError: The costs are of another number of blocks.
+            ValueError: The teacher shall work one batch ahead, and must not.
         """
         if isinstance(self.costs, PipelineMeasurement):
             raise CostError(
@@ -169,13 +171,8 @@ class PlanFinder:
                     f"`costs` must describe the module's {module.num_blocks} blocks, but describe {table.num_blocks}. "
                     "Measure this module."
                 )
-        is_ahead = self.may_teach_ahead or (plan is not None and plan.teaches_ahead)
-        if is_ahead and module.block_momentum is not None:
-            subject = "`teach_ahead` must be left out" if self.may_teach_ahead else "`plan` must not teach `ahead`"
-            raise PlanError(
-                f"{subject} where each teacher block follows its student block (`momentum`), because the next batch "
-                "is the next teacher's. Leave it out."
-            )
+        if self.may_teach_ahead or (plan is not None and plan.teaches_ahead):
+            check_may_teach_ahead(module)
         if plan is not None and self.exactness is not None:
             traits = block_traits(module, is_synchronised=_synchronises_norms(strategy))
             check_exactness(plan, traits, self.exactness)
