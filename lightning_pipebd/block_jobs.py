@@ -39,7 +39,8 @@ class BlockJobs:
 
     Attributes:
         optimizer: Handed on to Lightning's backward.
-        batch_idx: Number of the batch in the epoch.
+        epoch: The epoch.
+        batch_idx: Number of the batch in it.
         num_accumulated: Batches whose gradients make one update.
         shares_backward: Whether neighbouring small blocks may have one backward pass.
     """
@@ -52,7 +53,7 @@ class BlockJobs:
         self._scalers = scalers
         self._context = step_context(plugin)
         self.optimizer: Optimizer | None = None
-        self.batch_idx = 0
+        self.epoch = self.batch_idx = 0
         self.num_accumulated = 1
         self.shares_backward = True
         self._backward = SharedBackward(self._run_backward)
@@ -78,7 +79,9 @@ class BlockJobs:
         first_row = rows.start if is_part else 0
         self._backward.begin()
         with self._context():
-            loss = self._module.imitate(block, boundary, target, labels, batch_idx=self.batch_idx, first_row=first_row)
+            loss = self._module.imitate(
+                block, boundary, target, labels, epoch=self.epoch, batch_idx=self.batch_idx, first_row=first_row
+            )
         if is_part:
             loss = loss * (rows.num_rows / num_rows)
         # A frozen block only tells its loss; the gradients of a stopped one would be thrown away.

@@ -80,20 +80,24 @@ class BlockPairsModule(DistillationModule):
     def block_modules(self) -> list[nn.Module]:
         return [*self.block_pairs.teacher.blocks, *self.block_pairs.student.blocks, *self.adapters.values()]
 
+    def adapters_of(self, block: int) -> tuple[nn.Module | None, nn.Module | None]:
+        """Give what precedes a student block, and what follows it; ``None`` for none."""
+        # To ask a ModuleDict takes as long as a small layer, and most models have no adapters.
+        adapters = self.adapters._modules
+        return (adapters.get(f"input_{block}"), adapters.get(f"output_{block}")) if adapters else (None, None)
+
     def block_parameters(self, block: int) -> list[nn.Parameter]:
         """Give the parameters that a block trains: those of its student block, then those of its adapters."""
         own = self.block_pairs.parameters_of(block)
-        for side in ("input", "output"):
-            if f"{side}_{block}" in self.adapters:
-                own += self.adapters[f"{side}_{block}"].parameters()
+        for adapter in self.adapters_of(block):
+            own += adapter.parameters() if adapter is not None else ()
         return own
 
     def block_buffers(self, block: int) -> list[Tensor]:
         """Give the buffers of a student block and its adapters, for example running statistics."""
         own = self.block_pairs.student.buffers(self.student, block)
-        for side in ("input", "output"):
-            if f"{side}_{block}" in self.adapters:
-                own += self.adapters[f"{side}_{block}"].buffers()
+        for adapter in self.adapters_of(block):
+            own += adapter.buffers() if adapter is not None else ()
         return own
 
     def trainable_parameters(self) -> list[nn.Parameter]:

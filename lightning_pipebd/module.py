@@ -24,7 +24,7 @@ from lightning_pipebd.runtime.candidates import target_of
 from lightning_pipebd.runtime.compiling import compile_options
 from lightning_pipebd.runtime.graph_memory import copy_gradients, copy_tensors, has_compiled, makes_graphs
 from lightning_pipebd.runtime.momentum import Buffers
-from lightning_pipebd.runtime.random_use import KnownDraws, block_stream
+from lightning_pipebd.runtime.random_use import Draws, KnownDraws, block_stream
 from lightning_pipebd.runtime.row_trees import count_rows, versions_of
 
 __all__ = ["BlockwiseDistillationModule"]
@@ -172,6 +172,7 @@ class BlockwiseDistillationModule(BlockPairsModule):
         teacher_output: Any,
         targets: Any,
         *,
+        epoch: int,
         batch_idx: int,
         first_row: int = 0,
     ) -> Tensor:
@@ -182,16 +183,19 @@ class BlockwiseDistillationModule(BlockPairsModule):
             boundary: The teacher's boundary ``block``; stays unchanged.
             teacher_output: The teacher's boundary ``block + 1``.
             targets: Labels of the same rows; handed on to blocks that want them.
-            batch_idx: Index of the batch in the epoch.
+            epoch: The epoch.
+            batch_idx: Index of the batch in it.
             first_row: Row of the batch at which the boundary starts; every part draws other numbers.
         """
         if self.finite_guard.keeps_buffers:
             self.finite_guard.before_block(block, self.block_buffers(block))
-        epoch = self.trainer.current_epoch
         draws = self._known_draws.of(block, epoch, self._modules_of)
-        coordinates = (self.random_seed, epoch, batch_idx, block, first_row)
-        with block_stream(draws, coordinates, self.device):
+        if draws is Draws.NOTHING:
             loss = self._rate(block, boundary, teacher_output, targets)
+        else:
+            coordinates = (self.random_seed, epoch, batch_idx, block, first_row)
+            with block_stream(draws, coordinates, self.device):
+                loss = self._rate(block, boundary, teacher_output, targets)
         # With gradients until here: by them a loss tells hidden states from masks.
         loss = loss.detach() if block in self._frozen else loss
         self.finite_guard.note_loss(block, loss)
@@ -204,7 +208,7 @@ class BlockwiseDistillationModule(BlockPairsModule):
         own_loss = getattr(self.block_loss, "__func__", None) is BlockwiseDistillationModule.block_loss
         if not own_loss or self._losses.get(block, BLOCK_LOSSES["mse"]) not in BLOCK_LOSSES.values():
             return None
-        adapters = (self.adapters[key] for key in (f"input_{block}", f"output_{block}") if key in self.adapters)
+        adapters = (adapter for adapter in self.adapters_of(block) if adapter is not None)
         return [self.block_pairs.student.blocks[block], *adapters]
 
     def rate_blocks(self, batch: Any) -> list[Tensor]:
@@ -226,16 +230,13 @@ class BlockwiseDistillationModule(BlockPairsModule):
         return losses
 
     def _rate(self, block: int, boundary: Any, teacher_output: Any, targets: Any) -> Tensor:
-        shared = (boundary, teacher_output)
-        versions = versions_of(shared)
-        if f"input_{block}" in self.adapters:
-            boundary = self.adapters[f"input_{block}"](boundary)
-        output = self._student_calls(block, boundary)
-        if f"output_{block}" in self.adapters:
-            output = self.adapters[f"output_{block}"](output)
+        versions = versions_of(boundary), versions_of(teacher_output)
+        before, after = self.adapters_of(block)
+        output = self._student_calls(block, boundary if before is None else before(boundary))
+        output = output if after is None else after(output)
         wanted = targets if block in self.target_blocks else None
         loss = self.block_loss(block, output, target_of(teacher_output), wanted)
-        if versions_of(shared) != versions:
+        if (versions_of(boundary), versions_of(teacher_output)) != versions:
             raise RuntimeError(
                 f"The loss of block {block} and its input adapter must leave the teacher's boundaries as they are, "
                 "because other blocks and ranks use them, but one was changed in place. Use operations that give a new "
@@ -247,7 +248,8 @@ class BlockwiseDistillationModule(BlockPairsModule):
     @property
     def uses_graphs(self) -> bool:
         """Whether blocks may run in CUDA graphs, whose memory the next call of a compiled block reuses."""
-        return self.device.type == "cuda" and (self._has_own_compiled or makes_graphs(self.compile_options))
+        # Lightning looks for the device: last, because nearly nobody gets there.
+        return (self._has_own_compiled or makes_graphs(self.compile_options)) and self.device.type == "cuda"
 
     @cached_property
     def _has_own_compiled(self) -> bool:
@@ -279,11 +281,11 @@ class BlockwiseDistillationModule(BlockPairsModule):
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """Train all blocks on one batch, in order; a strategy that knows plans does not call this."""
         boundary, targets = self.take_apart(batch)
-        num_rows = count_rows(boundary)
+        num_rows, epoch = count_rows(boundary), self.trainer.current_epoch
         losses: list[Tensor] = []
         for block in range(self.num_blocks):
             teacher_output = self.teach(block, boundary)
-            losses.append(self.imitate(block, boundary, teacher_output, targets, batch_idx=batch_idx))
+            losses.append(self.imitate(block, boundary, teacher_output, targets, epoch=epoch, batch_idx=batch_idx))
             boundary = teacher_output
         total = sum(losses[1:], losses[0])
         self._log_losses({block: loss.detach() for block, loss in enumerate(losses)}, total.detach(), num_rows)

@@ -291,7 +291,8 @@ class TrainingSession(FitSession):
         assert self._staged is not None
         loaded, batch, batch_idx = self._staged
         self._staged = None
-        self._jobs.optimizer, self._jobs.batch_idx = optimizer, batch_idx
+        self._jobs.optimizer = optimizer
+        self._jobs.epoch, self._jobs.batch_idx = self._trainer.current_epoch, batch_idx
         self._jobs.num_accumulated = self._trainer.accumulate_grad_batches
         with self.progress.program(self.num_steps, loaded.num_rows, is_update=update):
             losses = self._work_off(loaded, batch, update=update)

@@ -85,7 +85,10 @@ class SharedBackward:
     def _find_weight(self, block: int, boundary: Any, loss: Tensor) -> int:
         # Autograd counts operations anyway. Another path through a supernet has another number of them; paths of one
         # number are much alike, so that it is enough to look now and then.
-        weight = self._weights.setdefault((block, _get_sequence_nr() - self._begin), _Weight())
+        key = (block, _get_sequence_nr() - self._begin)
+        weight = self._weights.get(key)
+        if weight is None:
+            weight = self._weights[key] = _Weight()
         boundary_bytes = _num_bytes(boundary)
         if boundary_bytes > weight.boundary_bytes or weight.num_calls % _CALLS_PER_WEIGHING == 0:
             weight.kept_bytes = max(weight.kept_bytes, _weigh(loss))
@@ -95,8 +98,8 @@ class SharedBackward:
 
 
 def _num_bytes(boundary: Any) -> int:
-    leaves = [leaf for leaf in pytree.tree_leaves(boundary) if isinstance(leaf, Tensor)]
-    return sum(leaf.numel() * leaf.element_size() for leaf in leaves)
+    leaves = [boundary] if isinstance(boundary, Tensor) else pytree.tree_leaves(boundary)
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _weigh(loss: Tensor) -> int:

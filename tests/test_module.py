@@ -388,7 +388,7 @@ def test_random_streams_of_blocks_do_not_touch_the_global_generators() -> None:
     state = torch.get_rng_state()
     inputs = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     target = module.teach(0, inputs)
-    losses = [module.imitate(0, inputs, target, None, batch_idx=index) for index in (0, 1, 0)]
+    losses = [module.imitate(0, inputs, target, None, epoch=0, batch_idx=index) for index in (0, 1, 0)]
     assert_equal(torch.get_rng_state(), state)
     assert losses[0] == losses[2]
     assert losses[0] != losses[1]
@@ -399,7 +399,7 @@ def test_rows_that_start_elsewhere_draw_other_numbers() -> None:
     fit(module, make_loader(module, 8, 4), max_steps=1)
     inputs = torch.randn(4, 3, 8, 8)
     target = module.teach(0, inputs)
-    first, second = (module.imitate(0, inputs, target, None, batch_idx=0, first_row=row) for row in (0, 4))
+    first, second = (module.imitate(0, inputs, target, None, epoch=0, batch_idx=0, first_row=row) for row in (0, 4))
     assert first != second
 
 

@@ -259,12 +259,13 @@ class SomeBlocks(Distil):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Like the module's own, without what the blocks do not need."""
         boundary, targets = self.unpack_batch(batch)
+        coordinates = {"epoch": self.trainer.current_epoch, "batch_idx": batch_idx}
         num_rows = len(boundary)
         losses: dict[int, Tensor] = {}
         for block in range(max(self.blocks) + 1):
             teacher_output = self.teach(block, boundary)
             if block in self.blocks:
-                losses[block] = self.imitate(block, boundary, teacher_output, targets, batch_idx=batch_idx)
+                losses[block] = self.imitate(block, boundary, teacher_output, targets, **coordinates)
             boundary = teacher_output
         total = torch.stack(list(losses.values())).sum()
         self._log_losses({block: loss.detach() for block, loss in losses.items()}, total.detach(), num_rows)

@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -91,6 +92,8 @@ class Executor:
         self._row_leaves: dict[tuple[int, int], tuple[bool, ...]] = {}
         self._ahead: dict[int, list[RowTree]] = {}
         self._ahead_step = -1
+        self._program: Program | None = None
+        self._course = _Course({}, frozenset())
         self.current: tuple[Program, int] | None = None  # what a failure report points at
         self.num_done = 0  # what a watcher sees progress by
 
@@ -116,7 +119,9 @@ class Executor:
         self._reducer.begin(program)
         state = _State(step, program, (loaded, following or {}), self._ahead if program.is_taught else {})
         self._ahead = {}
-        last_uses = _find_last_uses(program)
+        if program is not self._program:
+            self._program, self._course = program, _find_course(program)
+        last_uses, may_wait = self._course
         unsettled: list[Span] = []
         for index, action in enumerate(program.actions):
             self.current = (program, index)
@@ -128,7 +133,7 @@ class Executor:
                 raise RelayError(f"{where}: {error}") from error
             self.num_done += 1
             unsettled.append(Span(action, start, time.perf_counter()))
-            if not self._may_wait(program, index):
+            if index not in may_wait or self._jobs.is_full:
                 self._settle(unsettled)
                 unsettled = []
             for boundary, is_next in last_uses.get(index, ()):
@@ -172,12 +177,6 @@ class Executor:
             self._learn(action, state)
         elif action.kind is Kind.REDUCE:
             self._reducer.start(action.index, action.ranks)
-
-    def _may_wait(self, program: Program, index: int) -> bool:
-        """Tell whether the backward pass of what was just learned may be one with that of the next block."""
-        following = program.actions[index + 1 : index + 2]
-        is_between = program.actions[index].kind is Kind.LEARN and bool(following) and following[0].kind is Kind.LEARN
-        return is_between and not self._jobs.is_full
 
     def _settle(self, spans: list[Span]) -> None:
         """Do what was put off, and tell of these actions."""
@@ -256,7 +255,7 @@ class _State:
 
 def _unchanged(boundary: int, piece: RowTree) -> RowTree:
     """Give what may have been made a step early, if it still is as it was made."""
-    if not piece.is_as_noted:
+    if piece.versions is not None and not piece.is_as_noted:
         what = "The labels of a batch" if boundary == TARGETS else f"Boundary {boundary}"
         raise RuntimeError(
             f"{what} must stay as it was made until student blocks have learned from it, because the teacher works one "
@@ -276,14 +275,27 @@ def _share_time(spans: list[Span], stop_s: float) -> list[Span]:
     return [Span(span.action, start_s, stop_s) for span, (start_s, stop_s) in zip(spans, times, strict=True)]
 
 
+class _Course(NamedTuple):
+    """What is the same each time a program runs, by the numbers of its actions.
+
+    Args:
+        last_uses: Boundaries that are not needed any more after an action, so that their memory can go.
+        may_wait: Actions that learned a block whose backward pass may be one with that of the next.
+    """
+
+    last_uses: dict[int, list[tuple[int, bool]]]
+    may_wait: frozenset[int]
+
+
 @lru_cache(maxsize=128)
-def _find_last_uses(program: Program) -> dict[int, list[tuple[int, bool]]]:
-    """Find the boundaries that are not needed any more after an action, so that their memory can go."""
+def _find_course(program: Program) -> _Course:
     ends: defaultdict[int, list[tuple[int, bool]]] = defaultdict(list)
     for is_next, last_uses in ((False, program.last_uses()), (True, program.last_uses_of_next())):
         for boundary, index in last_uses.items():
             ends[index].append((boundary, is_next))
-    return dict(ends)
+    kinds = [action.kind for action in program.actions]
+    may_wait = (index for index, pair in enumerate(pairwise(kinds)) if pair == (Kind.LEARN, Kind.LEARN))
+    return _Course(dict(ends), frozenset(may_wait))
 
 
 def _wire_number(boundary: int, *, is_ahead: bool) -> int:

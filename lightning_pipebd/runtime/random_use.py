@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -74,12 +74,10 @@ def block_stream(draws: Draws, coordinates: tuple[int, ...], device: torch.devic
     """Have a block draw from a stream of its own inside the context, from each generator that it may draw from.
 
     Args:
-        draws: What the block may draw from.
+        draws: What the block may draw from: something.
         coordinates: Seed and coordinates of the stream, see :func:`~.random_streams.stream_key`.
         device: Where the block computes.
     """
-    if draws is Draws.NOTHING:
-        return nullcontext()
     return random_stream(stream_key(*coordinates), device, with_python=draws is Draws.PYTHON)
 
 
