@@ -1,8 +1,10 @@
 """The compiler: from a plan and a number of rows to every rank's program.
 
 A rank works off its teacher jobs in block order: it receives just before the first use and sends the moment rows exist,
-so that no rank waits for another one's student work. Then it learns, again in block order. Two refinements:
+so that no rank waits for another one's student work. Then it learns, again in block order. Three refinements:
 
+* Teacher jobs that nobody waits for, at the end of the chain, take turns with learning: what was taught is still in the
+  cache, and boundaries go as soon as the next block has learned.
 * A receive that can only be answered after a round trip of this rank's own rows through other ranks comes after all
   learning whose inputs are present: useful work instead of waiting. All such receives of one action are one wait.
 * A REDUCE follows its LEARN, but never before the rank's last send and never before the LEARN of an earlier block. The
@@ -151,6 +153,7 @@ class _RankCompiler:
         # A sharer without rows in this batch joins the REDUCE too: the others wait for it.
         self.pending_reduces = [block for block in students if update and len(batch.learned[block]) > 1]
         self.updates = students if update else []
+        self.quiet = self._first_quiet()
         self.actions: list[Action] = []
 
     def compile(self) -> tuple[Action, ...]:
@@ -160,6 +163,8 @@ class _RankCompiler:
             self._send(TARGETS)
             self._send(0)
         for block in list(self.pending_teaches):
+            while block >= self.quiet and self.pending_learns and self._is_ready(self.pending_learns[0]):
+                self._learn(self.pending_learns[0])
             self._teach(block)
         self._reduce()
         while self.pending_learns:
@@ -168,6 +173,12 @@ class _RankCompiler:
             self._learn(block)
         self.actions += [Action(Kind.UPDATE, block) for block in self.updates]
         return tuple(self.actions)
+
+    def _first_quiet(self) -> int:
+        """Give the first of the last teacher jobs, for which nothing is received, and of which nothing is sent."""
+        sent = {message.boundary - 1 for message in self.sends}
+        heard = {message.boundary for message in self.pending_receives if message in self.batch.for_teacher}
+        return max((sent | heard) & set(self.pending_teaches), default=-1) + 1
 
     def _teach(self, block: int) -> None:
         arriving = (message for message in self.pending_receives if message.boundary == block)
@@ -179,7 +190,7 @@ class _RankCompiler:
     def _learn(self, block: int) -> None:
         self.pending_learns.remove(block)
         self.actions.append(Action(Kind.LEARN, block, self.learned[block]))
-        if not self.pending_teaches:
+        if all(block >= self.quiet for block in self.pending_teaches):
             self._reduce()
 
     def _reduce(self) -> None:

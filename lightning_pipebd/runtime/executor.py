@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -267,12 +267,19 @@ def _unchanged(boundary: int, piece: RowTree) -> RowTree:
 
 
 def _share_time(spans: list[Span], stop_s: float) -> list[Span]:
-    """Divide the time until a common end in proportion to the actions' own times: their backward passes were one."""
+    """Divide the time until a common end in proportion to the forward passes: what was learned had one backward pass.
+
+    Actions in between last as long as they did, and begin later.
+    """
+    is_learned = [span.action.kind is Kind.LEARN for span in spans]
+    own_s = [span.stop_s - span.start_s for span in spans]
+    learned_s = sum(s for s, learns in zip(own_s, is_learned, strict=True) if learns)
+    other_s = sum(own_s) - learned_s
     begin_s = spans[0].start_s
-    whole_s = spans[-1].stop_s - begin_s
-    factor = (stop_s - begin_s) / whole_s if whole_s else 1.0
-    times = [[begin_s + (time_s - begin_s) * factor for time_s in (span.start_s, span.stop_s)] for span in spans]
-    return [Span(span.action, start_s, stop_s) for span, (start_s, stop_s) in zip(spans, times, strict=True)]
+    factor = (stop_s - begin_s - other_s) / learned_s if learned_s else 1.0
+    times = [s * factor if learns else s for s, learns in zip(own_s, is_learned, strict=True)]
+    stops = [begin_s + s for s in accumulate(times)]
+    return [Span(span.action, end_s - s, end_s) for span, s, end_s in zip(spans, times, stops, strict=True)]
 
 
 class _Course(NamedTuple):
@@ -280,7 +287,8 @@ class _Course(NamedTuple):
 
     Args:
         last_uses: Boundaries that are not needed any more after an action, so that their memory can go.
-        may_wait: Actions that learned a block whose backward pass may be one with that of the next.
+        may_wait: Actions after which the backward pass of what was learned may wait for that of the next block; nothing
+            but teaching comes in between.
     """
 
     last_uses: dict[int, list[tuple[int, bool]]]
@@ -293,9 +301,14 @@ def _find_course(program: Program) -> _Course:
     for is_next, last_uses in ((False, program.last_uses()), (True, program.last_uses_of_next())):
         for boundary, index in last_uses.items():
             ends[index].append((boundary, is_next))
-    kinds = [action.kind for action in program.actions]
-    may_wait = (index for index, pair in enumerate(pairwise(kinds)) if pair == (Kind.LEARN, Kind.LEARN))
-    return _Course(dict(ends), frozenset(may_wait))
+    return _Course(dict(ends), frozenset(_find_waiting(program)))
+
+
+def _find_waiting(program: Program) -> Iterator[int]:
+    learns = [index for index, action in enumerate(program.actions) if action.kind is Kind.LEARN]
+    for index, following in pairwise(learns):
+        if all(action.kind is Kind.TEACH for action in program.actions[index + 1 : following]):
+            yield from range(index, following)
 
 
 def _wire_number(boundary: int, *, is_ahead: bool) -> int:

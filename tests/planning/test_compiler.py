@@ -39,14 +39,14 @@ def test_straight_plan_relays_before_it_learns() -> None:
     """)
 
 
-def test_joint_plan_sends_nothing_and_reduces_right_after_each_learn() -> None:
+def test_joint_plan_sends_nothing_and_learns_and_reduces_what_it_has_just_taught() -> None:
     assert lines_of("0-1*2", 5) == laid_out("""
         PROGRAM rank=0 rows=5
         LOAD rows=0:3
         TEACH block=0 rows=0:3
-        TEACH block=1 rows=0:3
         LEARN block=0 rows=0:3
         REDUCE block=0 ranks=0,1
+        TEACH block=1 rows=0:3
         LEARN block=1 rows=0:3
         REDUCE block=1 ranks=0,1
         UPDATE block=0
@@ -54,9 +54,9 @@ def test_joint_plan_sends_nothing_and_reduces_right_after_each_learn() -> None:
         PROGRAM rank=1 rows=5
         LOAD rows=3:5
         TEACH block=0 rows=3:5
-        TEACH block=1 rows=3:5
         LEARN block=0 rows=3:5
         REDUCE block=0 ranks=0,1
+        TEACH block=1 rows=3:5
         LEARN block=1 rows=3:5
         REDUCE block=1 ranks=0,1
         UPDATE block=0
@@ -275,9 +275,9 @@ def test_later_block_learned_early_is_still_reduced_in_block_order() -> None:
         LOAD rows=0:8
         TEACH block=0 rows=0:8
         SEND boundary=1 rows=4:8 to=1
+        LEARN block=0 rows=0:8
         TEACH block=1 rows=0:4
         TEACH block=2 rows=0:4
-        LEARN block=0 rows=0:8
         LEARN block=2 rows=0:4
         RECV boundary=2 rows=4:8 from=1
         LEARN block=1 rows=0:8

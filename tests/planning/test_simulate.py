@@ -87,9 +87,11 @@ def test_reduction_runs_beside_later_students_and_ends_before_the_updates() -> N
     costs = constant_costs([(1, 2), (1, 4)], update_ms=0.25, gradient_bytes=BUCKET_BYTES, link=LinkCost(latency_ms=1.5))
     found = run("0-1*2", costs, num_steps=2)
     # Each REDUCE takes 3: the first is over when the second block has been learned, the second is waited for.
-    assert lines(found, rank=1, step=0)[3:] == [
-        ("LEARN", 2, 4),
-        ("REDUCE", 4, 4),
+    assert lines(found, rank=1, step=0)[1:] == [
+        ("TEACH", 0, 1),
+        ("LEARN", 1, 3),
+        ("REDUCE", 3, 3),
+        ("TEACH", 3, 4),
         ("LEARN", 4, 8),
         ("REDUCE", 8, 8),
         ("UPDATE", 8, 11.25),
