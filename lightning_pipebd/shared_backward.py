@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 __all__ = ["SharedBackward"]
 
 # What fits into a cache costs no memory worth speaking of.
-_SMALL_BLOCK_BYTES = 512 * 1024
-_MOST_BYTES = 4 * 1024 * 1024
+_SMALL_BLOCK_BYTES = 2 * 1024 * 1024
+_MOST_BYTES = 16 * 1024 * 1024
 _LARGE = _MOST_BYTES + 1
 # To weigh a graph takes as long as a shared pass saves.
 _CALLS_PER_WEIGHING = 32

@@ -62,7 +62,7 @@ def test_nothing_waits_for_a_large_block() -> None:
 
 def test_many_small_blocks_are_settled_before_they_keep_much_together() -> None:
     learner = Learner([512] * 64)
-    boundary = torch.randn(64, 512)  # of which a block makes three times as much, 384 KiB, of the 4 MiB for all
+    boundary = torch.randn(256, 512)  # of which a block makes three times as much, 1.5 MiB, of the 16 MiB for all
     num_kept = 0
     while not learner.shared.is_full:
         learner.learn(num_kept, boundary)
