@@ -22,7 +22,7 @@ SHORT = {
     "DIGITS_EPOCHS": "1",
     "LINEAR_ATTENTION_STEPS": "4",
     "RESNET_EPOCHS": "1",
-    "RESNET_IMAGES": "200",
+    "RESNET_IMAGES": "120",
     "OMP_NUM_THREADS": "1",
 }
 

@@ -163,8 +163,8 @@ class _RankCompiler:
             self._send(TARGETS)
             self._send(0)
         for block in list(self.pending_teaches):
-            while block >= self.quiet and self.pending_learns and self._is_ready(self.pending_learns[0]):
-                self._learn(self.pending_learns[0])
+            if block >= self.quiet:
+                self._learn_what_is_ready()
             self._teach(block)
         self._reduce()
         while self.pending_learns:
@@ -193,6 +193,10 @@ class _RankCompiler:
         if all(block >= self.quiet for block in self.pending_teaches):
             self._reduce()
 
+    def _learn_what_is_ready(self) -> None:
+        for block in [block for block in self.pending_learns if self._is_ready(block)]:
+            self._learn(block)
+
     def _reduce(self) -> None:
         """Write every REDUCE that no pending LEARN of its own or an earlier block precedes."""
         while self.pending_reduces and not any(block <= self.pending_reduces[0] for block in self.pending_learns):
@@ -208,8 +212,7 @@ class _RankCompiler:
         round_trips = [message for message in messages if message in self.batch.round_trips]
         self._write_receives([message for message in messages if message not in round_trips])
         if round_trips:
-            for block in [block for block in self.pending_learns if self._is_ready(block)]:
-                self._learn(block)
+            self._learn_what_is_ready()
             self._write_receives(round_trips)
 
     def _write_receives(self, messages: Sequence[Message]) -> None:
