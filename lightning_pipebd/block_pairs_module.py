@@ -80,7 +80,11 @@ class BlockPairsModule(DistillationModule):
     def block_modules(self) -> list[nn.Module]:
         return [*self.block_pairs.teacher.blocks, *self.block_pairs.student.blocks, *self.adapters.values()]
 
-    def adapters_of(self, block: int) -> tuple[nn.Module | None, nn.Module | None]:
+    def adapters_of(self, block: int) -> list[nn.Module]:
+        """Give the adapters of a student block."""
+        return [adapter for adapter in self.adapters_around(block) if adapter is not None]
+
+    def adapters_around(self, block: int) -> tuple[nn.Module | None, nn.Module | None]:
         """Give what precedes a student block, and what follows it; ``None`` for none."""
         # To ask a ModuleDict takes as long as a small layer, and most models have no adapters.
         adapters = self.adapters._modules
@@ -90,14 +94,14 @@ class BlockPairsModule(DistillationModule):
         """Give the parameters that a block trains: those of its student block, then those of its adapters."""
         own = self.block_pairs.parameters_of(block)
         for adapter in self.adapters_of(block):
-            own += adapter.parameters() if adapter is not None else ()
+            own += adapter.parameters()
         return own
 
     def block_buffers(self, block: int) -> list[Tensor]:
         """Give the buffers of a student block and its adapters, for example running statistics."""
         own = self.block_pairs.student.buffers(self.student, block)
         for adapter in self.adapters_of(block):
-            own += adapter.buffers() if adapter is not None else ()
+            own += adapter.buffers()
         return own
 
     def trainable_parameters(self) -> list[nn.Parameter]:

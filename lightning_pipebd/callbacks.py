@@ -73,8 +73,8 @@ class BlockMetrics(FitCallback):
         self._num_rows += num_rows
         if not losses:
             return
-        names, device = tuple(losses), next(iter(losses.values())).device
-        weighted = torch.stack([loss.reshape(()).to(device) for loss in losses.values()]).double() * num_rows
+        names = tuple(losses)
+        weighted = _stacked(losses) * num_rows
         self._sums[names] = self._sums[names] + weighted if names in self._sums else weighted
 
     @property
@@ -206,8 +206,11 @@ def _read(losses: dict[LossName, Tensor]) -> dict[LossName, float]:
 
 def _numbers(losses: Mapping[LossName, Tensor]) -> list[float]:
     """Give the values of losses; waits for the device once, not once per loss."""
-    if not losses:
-        return []
-    device = next(iter(losses.values())).device
-    numbers: list[float] = torch.stack([loss.reshape(()).to(device).double() for loss in losses.values()]).tolist()
+    numbers: list[float] = _stacked(losses).tolist() if losses else []
     return numbers
+
+
+def _stacked(losses: Mapping[Any, Tensor]) -> Tensor:
+    """Give at least one loss in float64, in one tensor on the device of the first; reads none."""
+    device = next(iter(losses.values())).device
+    return torch.stack([loss.reshape(()).to(device) for loss in losses.values()]).double()

@@ -208,8 +208,7 @@ class BlockwiseDistillationModule(BlockPairsModule):
         own_loss = getattr(self.block_loss, "__func__", None) is BlockwiseDistillationModule.block_loss
         if not own_loss or self._losses.get(block, BLOCK_LOSSES["mse"]) not in BLOCK_LOSSES.values():
             return None
-        adapters = (adapter for adapter in self.adapters_of(block) if adapter is not None)
-        return [self.block_pairs.student.blocks[block], *adapters]
+        return [self.block_pairs.student.blocks[block], *self.adapters_of(block)]
 
     def rate_blocks(self, batch: Any) -> list[Tensor]:
         """Give every block's loss on a batch, as it is in the mode that the module is in; trains nothing.
@@ -231,7 +230,7 @@ class BlockwiseDistillationModule(BlockPairsModule):
 
     def _rate(self, block: int, boundary: Any, teacher_output: Any, targets: Any) -> Tensor:
         versions = versions_of(boundary), versions_of(teacher_output)
-        before, after = self.adapters_of(block)
+        before, after = self.adapters_around(block)
         output = self._student_calls(block, boundary if before is None else before(boundary))
         output = output if after is None else after(output)
         wanted = targets if block in self.target_blocks else None

@@ -115,13 +115,12 @@ class BlockPlacement(Placement):
 
     @override
     def _move_blocks(self) -> None:
-        pairs, adapters = self._module.block_pairs, self._module.adapters
+        pairs = self._module.block_pairs
         places: list[tuple[bool, nn.Module]] = []
         for block in range(self._plan.num_blocks):
             places.append((self._rank in self._plan.teacher_ranks(block), pairs.teacher.blocks[block]))
-            own = [adapters[key] for key in (f"input_{block}", f"output_{block}") if key in adapters]
             is_learned = self._rank in self._plan.student_ranks(block)
-            places += [(is_learned, model) for model in (pairs.student.blocks[block], *own)]
+            places += [(is_learned, model) for model in (pairs.student.blocks[block], *self._module.adapters_of(block))]
         for is_here, model in _others_first(places):
             model.to(self._device if is_here else "cpu")
 

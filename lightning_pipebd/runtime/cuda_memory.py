@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["CudaMemory"]
+__all__ = ["CudaMemory", "mark_stream"]
 
 
 class CudaMemory:
@@ -55,9 +55,7 @@ class CudaMemory:
 
     def mark(self) -> Callable[[], None]:
         """Give what waits for all that this thread has asked of its current stream so far."""
-        # Whoever waits sleeps, instead of taking a processor from the thread that computes.
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self._device))
+        event = mark_stream(torch.cuda.current_stream(self._device))
 
         def wait() -> None:
             with torch.cuda.device(self._device):
@@ -74,3 +72,11 @@ class CudaMemory:
             # Who computes with it may have more to do with it when it is freed.
             copy.record_stream(torch.cuda.default_stream(self._device))
         return copies
+
+
+def mark_stream(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Mark what a stream was given to do so far."""
+    # Whoever waits for it sleeps, instead of taking a processor from the blocks' thread.
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record(stream)
+    return event

@@ -19,6 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_pipebd.runtime.cuda_memory import mark_stream
+
 __all__ = ["CudaSide", "Departure", "Departures", "Mark", "Side"]
 
 _LINGER_S = 5.0
@@ -61,7 +63,7 @@ class CudaSide:
 
     def mark(self) -> Mark:
         """Mark what the current stream was given to do so far."""
-        return self._marked(torch.cuda.current_stream(self._device))
+        return mark_stream(torch.cuda.current_stream(self._device))
 
     @contextmanager
     def way(self, ranks: tuple[int, int]) -> Iterator[None]:
@@ -71,17 +73,11 @@ class CudaSide:
         stream = self._streams[ranks]
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             yield
-            self._marked(stream).synchronize()
+            mark_stream(stream).synchronize()
 
     def hand_over(self, tensor: Tensor) -> None:
         """Keep a tensor's memory from being used again before the computation has done with it."""
         tensor.record_stream(torch.cuda.default_stream(self._device))
-
-    def _marked(self, stream: torch.cuda.Stream) -> Mark:
-        # Whoever waits for it sleeps, instead of taking a processor from the blocks' thread.
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(stream)
-        return event
 
 
 class Departure:

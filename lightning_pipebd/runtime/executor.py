@@ -187,7 +187,8 @@ class Executor:
                 self.observer(span)
 
     def _receive(self, action: Action, step: int, *, is_ahead: bool) -> RowTree:
-        return self._relay.recv(step, _wire_number(action.index, is_ahead=is_ahead), action.rows, action.peer)
+        number, name = _wire_number(action.index, is_ahead=is_ahead), _name(action.index, is_ahead=is_ahead)
+        return self._relay.recv(step, number, action.rows, action.peer, name)
 
     def _teach(self, action: Action, pieces: list[RowTree]) -> RowTree:
         boundary = join_rows(pieces, action.rows)
@@ -255,7 +256,7 @@ class _State:
 
 def _unchanged(boundary: int, piece: RowTree) -> RowTree:
     """Give what may have been made a step early, if it still is as it was made."""
-    if piece.versions is not None and not piece.is_as_noted:
+    if not piece.is_as_noted:
         what = "The labels of a batch" if boundary == TARGETS else f"Boundary {boundary}"
         raise RuntimeError(
             f"{what} must stay as it was made until student blocks have learned from it, because the teacher works one "
@@ -314,3 +315,9 @@ def _find_waiting(program: Program) -> Iterator[int]:
 def _wire_number(boundary: int, *, is_ahead: bool) -> int:
     """Number what a message is about: in one step two batches may have the same boundary on its way."""
     return TARGETS - 2 - boundary if is_ahead else boundary
+
+
+def _name(boundary: int, *, is_ahead: bool) -> str:
+    """Say what a message is about, for people."""
+    what = "the labels" if boundary == TARGETS else f"boundary {boundary}"
+    return f"{what} of the next batch" if is_ahead else what

@@ -102,10 +102,13 @@ def _flags(values: Sequence[bool], like: Tensor) -> Tensor:
     """Give truth values as numbers beside a tensor, without waiting for its device."""
     if all(values):
         return like.new_ones(len(values))
-    if like.is_cuda:
-        pinned = torch.tensor(values, dtype=like.dtype, device="cpu").pin_memory()
-        return pinned.to(like.device, non_blocking=True)
-    return like.new_tensor(values)
+    return _brought(values, like.dtype, like.device)
+
+
+def _brought(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # From pinned memory, or the copy would wait for all that the device has to do.
+    host = torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def clip_norm_over_ranks(
@@ -141,8 +144,7 @@ def clip_norm_over_ranks(
         known[0].append(number)
         known[1].append(norm)
     for places, norms in by_dtype.values():
-        # From pinned memory, or the copy would wait for all that the device has to do.
-        index = torch.tensor(places, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        index = _brought(places, torch.int64, device)
         table[0].index_copy_(0, index, torch.stack(norms).to(table))
         table[1].index_fill_(0, index, 1.0)
     if transport.num_ranks > 1:

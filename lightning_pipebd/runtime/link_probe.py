@@ -121,15 +121,13 @@ def _with_reduces(link: LinkCost, found: Sequence[_Reduction]) -> LinkCost:
     return replace(link, reduce_occupation=occupation, reduces=tuple(reduction.times for reduction in found))
 
 
-def _share_of(small: Passage, large: Passage) -> tuple[float, float]:
-    """Give the fraction of a transfer that occupies the rank, and what a small one takes of its time besides."""
-    occupation = min(1.0, large.busy_ms / max(large.ms, 1e-6))
-    return occupation, max(0.0, small.busy_ms - occupation * small.ms)
+def _occupation(small: Passage, large: Passage, *, is_cuda: bool) -> tuple[float, float]:
+    """Give the fraction of a transfer that occupies the rank, and what a small one takes of its time besides.
 
-
-def _growth_of(small: Passage, large: Passage) -> tuple[float, float]:
-    """Give the same for a GPU, where to begin a transfer takes as long for any size, unless the rank copies for it."""
-    occupation = (large.busy_ms - small.busy_ms) / max(large.ms - small.ms, 1e-6)
+    On a GPU to begin a transfer takes as long for any size, unless the rank copies for it.
+    """
+    begun = small if is_cuda else Passage(0.0, 0.0)
+    occupation = (large.busy_ms - begun.busy_ms) / max(large.ms - begun.ms, 1e-6)
     occupation = min(1.0, max(0.0, occupation))
     return occupation, max(0.0, small.busy_ms - occupation * small.ms)
 
@@ -143,7 +141,7 @@ def link_cost(small: Passage, large: Passage, large_bytes: int, *, is_cuda: bool
         large_bytes: Its size.
         is_cuda: Whether both ranks have a GPU.
     """
-    occupation, own_ms = (_growth_of if is_cuda else _share_of)(small, large)
+    occupation, own_ms = _occupation(small, large, is_cuda=is_cuda)
     link = LinkCost(
         latency_ms=small.ms,
         bytes_per_ms=(large_bytes - _SMALL_BYTES) / max(large.ms - small.ms, 1e-6),
@@ -222,7 +220,7 @@ def _measure_reduce(
         # The first one makes room.
         found.append(Passage(median_ms(times[2:]), median_ms(busy[2:])) if times else Passage(0.0, 0.0))
     curve = Curve(zip((_SMALL_BYTES, large_bytes), (passage.ms for passage in found), strict=True))
-    return _Reduction(ReduceTimes(num_ranks=len(group), ms=curve), *(_growth_of if is_cuda else _share_of)(*found))
+    return _Reduction(ReduceTimes(num_ranks=len(group), ms=curve), *_occupation(*found, is_cuda=is_cuda))
 
 
 def _busy_clock(*, is_crowded: bool) -> Callable[[], float]:

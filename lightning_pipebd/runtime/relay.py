@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from lightning_pipebd.planning.plan import Rows
-from lightning_pipebd.planning.program import TARGETS
 from lightning_pipebd.runtime.row_trees import RowTree
 from lightning_pipebd.runtime.transport import Lane, Message, Pending, Transport, TransportError
 
@@ -82,7 +81,7 @@ class Relay:
             boundary: Number that it was sent under.
             rows: Rows that were sent.
             peer: Rank that sent it.
-            name: What a failure calls it, where numbers do not stand for boundaries.
+            name: What a failure calls it, where the number is not simply a boundary's.
 
         Raises:
             RelayError: A peer has ended, or the connection to it; or the peer has said that nothing more will come.
@@ -91,7 +90,7 @@ class Relay:
         with self._changed:
             while key not in self._shelf:
                 if self._failure is not None or peer in self._finished:
-                    subject = f"{name or _name(boundary)}{_in_brackets(rows)} of step {step}"
+                    subject = f"{name or f'boundary {boundary}'}{_in_brackets(rows)} of step {step}"
                     reason = self._failure or "it has closed its relay after its last step"
                     raise RelayError(f"{subject} will not arrive from rank {peer}: {reason}") from self._failure
                 self._changed.wait()
@@ -152,14 +151,6 @@ class Relay:
                 self._changed.wait()
             self._shelf[step, peer, boundary, rows] = RowTree(rows, tree, row_leaves)
             self._changed.notify_all()
-
-
-def _name(number: int) -> str:
-    """Say what is sent under a number: that of a boundary, or below that of the labels if it is of the next batch."""
-    is_next = number < TARGETS
-    boundary = TARGETS - 2 - number if is_next else number
-    what = "the labels" if boundary == TARGETS else f"boundary {boundary}"
-    return f"{what} of the next batch" if is_next else what
 
 
 def _in_brackets(rows: Rows) -> str:
